@@ -1,0 +1,174 @@
+"""The settings of a memory-augmented model, and how they are written to JSON.
+
+Frozen and checked on construction: a `LongMemConfig` that exists makes sense, apart from what
+depends on the backbone (`memory_layers` against its depth), which `memlayer.wrap` checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from memlayer.errors import ConfigError
+
+FORMAT_VERSION = 1
+
+SideInit = Literal["identity", "backbone"]
+MemoryScope = Literal["row", "batch"]
+ChunkKey = Literal["mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongMemConfig:
+    """What is kept, how it is searched and how it is read.
+
+    All sizes count tokens. Defaults are the paper's (arXiv:2306.07174), except ``side_init``,
+    where the paper's choice is ``"backbone"`` (docs/design.md says why we start elsewhere).
+
+    Raises:
+        ConfigError: if a field has a wrong value; the message names field, value and remedy.
+    """
+
+    backend: str = "auto"
+    """Name of the retrieval backend; ``memlayer plugins`` lists them."""
+
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword options of the backend, as its documentation lists them."""
+
+    memory_size: int = 65_536
+    """Tokens that each row's memory holds before the oldest chunk is dropped. Multiple of
+    ``chunk_size``."""
+
+    chunk_size: int = 4
+    """Tokens behind one index entry."""
+
+    top_k: int = 64
+    """Tokens read back per query token and head. Multiple of ``chunk_size``."""
+
+    memory_layers: tuple[int, ...] | None = None
+    """Backbone layers, from 0, whose keys and values are kept. None: one, at 3/4 of the depth."""
+
+    layer_reduction_factor: int = 2
+    """Backbone layers per side-network layer."""
+
+    segment_length: int = 1024
+    """Tokens of one forward in training and evaluation: the local window."""
+
+    side_init: SideInit = "identity"
+    """``"identity"``: the wrapped model starts as the backbone, exactly. ``"backbone"``: side
+    layers start as plain copies of backbone layers, as in the paper."""
+
+    memory_distance: int | None = None
+    """Tokens between a query and whatever it retrieves, as its rotary embedding sees it. None:
+    neither side is rotated. Rotary backbones only."""
+
+    memory_scope: MemoryScope = "row"
+    """``"row"``: each row of a batch reads its own memory only. ``"batch"``: all rows share one."""
+
+    chunk_key: ChunkKey = "mean"
+    """How a chunk's tokens make one index key: the mean of their keys."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name in ("memory_size", "chunk_size", "top_k", "layer_reduction_factor"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("segment_length", self.segment_length, 2)
+        for name in ("memory_size", "top_k"):
+            self._check_multiple_of_chunk_size(name)
+        if self.top_k > self.memory_size:
+            raise ConfigError(
+                f"top_k must be at most memory_size, got top_k={self.top_k} and "
+                f"memory_size={self.memory_size}"
+            )
+        if self.memory_distance is not None:
+            _at_least("memory_distance", self.memory_distance, 0)
+        for name, allowed in (
+            ("side_init", get_args(SideInit)),
+            ("memory_scope", get_args(MemoryScope)),
+            ("chunk_key", get_args(ChunkKey)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        self._check_memory_layers()
+
+    def _check_types(self) -> None:
+        for name in (
+            "memory_size",
+            "chunk_size",
+            "top_k",
+            "layer_reduction_factor",
+            "segment_length",
+            "memory_distance",
+        ):
+            value = getattr(self, name)
+            optional = name == "memory_distance" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"{name} must be a whole number, got {value!r}")
+        if not isinstance(self.backend, str) or not self.backend:
+            raise ConfigError(f"backend must be a name, got {self.backend!r}")
+        if not isinstance(self.backend_options, Mapping):
+            raise ConfigError(f"backend_options must be a mapping, got {self.backend_options!r}")
+
+    def _check_multiple_of_chunk_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if value % self.chunk_size:
+            smaller = value - value % self.chunk_size
+            fits = smaller or self.chunk_size
+            raise ConfigError(
+                f"{name} must be a multiple of chunk_size={self.chunk_size}, got {value}; "
+                f"the nearest value that fits is {fits}"
+            )
+
+    def _check_memory_layers(self) -> None:
+        layers = self.memory_layers
+        if layers is None:
+            return
+        if isinstance(layers, (str, int)) or not all(
+            isinstance(layer, int) and not isinstance(layer, bool) for layer in layers
+        ):
+            raise ConfigError(f"memory_layers must be whole numbers, got {layers!r}")
+        object.__setattr__(self, "memory_layers", tuple(layers))
+        if not layers or min(layers) < 0 or sorted(set(layers)) != list(layers):
+            raise ConfigError(
+                f"memory_layers must be layer numbers from 0 in rising order, got {list(layers)}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as JSON types, with the version of their format."""
+        values = asdict(self)
+        values["backend_options"] = dict(self.backend_options)
+        values["memory_layers"] = None if self.memory_layers is None else list(self.memory_layers)
+        return {"format_version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LongMemConfig:
+        """Make a config from what `to_dict` gave.
+
+        Raises:
+            ConfigError: if the format is newer than this version reads, or a key is unknown.
+        """
+        values = dict(values)
+        version = values.pop("format_version", None)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ConfigError(
+                f"the configuration has format_version {version!r}, this memlayer reads "
+                f"1 to {FORMAT_VERSION}; install the memlayer that wrote it"
+            )
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"the configuration has unknown keys {', '.join(unknown)}; known: "
+                f"{', '.join(sorted(known))}"
+            )
+        if isinstance(values.get("memory_layers"), list):
+            values["memory_layers"] = tuple(values["memory_layers"])
+        return cls(**values)
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, got {value}")

@@ -1,0 +1,110 @@
+"""The contract of a retrieval backend: inner-product search over independent lanes.
+
+One lane is one row of a batch times one key/value head. A backend knows nothing of rows, heads,
+tokens or values: it maps query vectors to the insertion numbers of stored vectors.
+
+    write: chunk keys (lanes, n, dim) -> add;  the ring is full -> remove_oldest
+    read:  queries (lanes, q, dim) -> search -> SearchResult(scores, ids), both (lanes, q, k)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found, best first.
+
+    Attributes:
+        scores: ``(lanes, q, k)``, float32. Inner products, falling along ``k``; ``-inf`` where a
+            lane holds fewer than ``k`` vectors.
+        ids: ``(lanes, q, k)``, int64. Insertion numbers in the lane; ``-1`` where ``scores`` is
+            ``-inf``. An id never changes while its vector is stored.
+    """
+
+    scores: Tensor
+    ids: Tensor
+
+
+class RetrievalBackend(ABC):
+    """Inner-product search over ``lanes`` independent sets of vectors.
+
+    Each lane numbers its vectors 0, 1, 2, ... in the order in which they were added, and goes on
+    counting when old ones are removed; `clear` starts that lane again at 0.
+
+    Args:
+        lanes: independent sets of vectors.
+        dim: length of every vector.
+        device: where queries come from and results go to.
+        options: the backend's own; an unknown one raises `ConfigError`.
+    """
+
+    def __init__(self, *, lanes: int, dim: int, device: torch.device | str = "cpu") -> None:
+        self.lanes = lanes
+        self.dim = dim
+        self.device = torch.device(device)
+
+    @abstractmethod
+    def add(self, keys: Tensor, lanes: Sequence[int] | None = None) -> None:
+        """Append vectors.
+
+        Args:
+            keys: ``(len(lanes), n, dim)``, any float dtype. Appended in order along ``n``.
+            lanes: the lanes that receive them, each at most once; None for all.
+
+        Raises:
+            ShapeError: if the shape or device is wrong or a key is NaN or infinite; nothing is
+                stored then.
+        """
+
+    @abstractmethod
+    def search(self, queries: Tensor, k: int) -> SearchResult:
+        """Find the ``k`` largest inner products of each query in its own lane.
+
+        Args:
+            queries: ``(lanes, q, dim)``, any float dtype.
+            k: vectors to find per query, at least 1.
+
+        Returns:
+            Scores and ids ``(lanes, q, k)``, always of that shape, on the queries' device.
+        """
+
+    @abstractmethod
+    def remove_oldest(self, n: int, lanes: Sequence[int] | None = None) -> None:
+        """Drop the ``n`` oldest vectors of each given lane, in O(n) amortised.
+
+        Raises:
+            ShapeError: if a lane holds fewer than ``n``; nothing is dropped then.
+        """
+
+    @abstractmethod
+    def clear(self, lanes: Sequence[int] | None = None) -> None:
+        """Drop all vectors of the given lanes, whose numbering starts again at 0."""
+
+    @abstractmethod
+    def counts(self) -> Tensor:
+        """Give the number of vectors that each lane holds: ``(lanes,)``, int64, on the CPU."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write everything needed to give the same answers later into an existing directory."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> None:
+        """Replace the contents by what `save` wrote.
+
+        Raises:
+            MemoryFormatError: if the files are missing, damaged or of other lanes or dim.
+        """
+
+    @classmethod
+    def unavailable_reason(cls) -> str | None:
+        """Say why this backend cannot run here (a missing library or device), or None if it can."""
+        return None
