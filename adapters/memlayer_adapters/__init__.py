@@ -1,0 +1,21 @@
+"""The decoder adapters that come with memlayer, registered as any third party's are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memlayer import hookimpl
+
+if TYPE_CHECKING:
+    from memlayer.plugins import Register
+
+
+@hookimpl
+def register_adapters(register: Register) -> None:
+    """Name the descriptions; each is imported on first use."""
+    register("gpt2", "memlayer_adapters.gpt2:GPT2", model_types=("gpt2",))
+    register("opt", "memlayer_adapters.opt:OPT", model_types=("opt",))
+    register(
+        "llama", "memlayer_adapters.llama:LLAMA", model_types=("llama", "mistral", "qwen2", "smollm3")
+    )
+    register("qwen3", "memlayer_adapters.qwen3:QWEN3", model_types=("qwen3",))

@@ -1,0 +1,160 @@
+"""Attention over what was retrieved, and its fusion with attention over the local window.
+
+The gathered keys and values of one token are K times its size, so they exist only for a block of
+tokens at a time: forward and backward walk over blocks and read the bank where it lies.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memlayer.errors import ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memlayer.memory import Retrieved
+
+_BLOCK_BYTES = 16 * 2**20
+
+
+def memory_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> Tensor:
+    r"""Attend over each query's own retrieved tokens.
+
+    .. math:: M_t = \sum_i \mathrm{softmax}_i(s\, q_t \cdot \tilde k_{t,i})\, \tilde v_{t,i}
+
+    Tokens that were not found have no weight; where nothing was found the result is 0. Gradients
+    flow to the queries only: keys and values are the frozen backbone's.
+
+    Args:
+        query: ``(B, H, T, D)``, any float dtype, not scaled.
+        retrieved: what `MemoryBank.retrieve` gave for these queries' positions; K tokens each.
+        scaling: :math:`s`, usually ``D ** -0.5``.
+
+    Returns:
+        ``(B, H, T, D)`` in the dtype of ``query``; computed in float32 or wider.
+
+    Raises:
+        ShapeError: if ``query`` and ``retrieved`` are not of the same shape; on backward, if the
+            memory was written twice since, so that what was read is gone.
+
+    Source:
+        LongMem (arXiv:2306.07174), token-to-chunk retrieval and memory fusion.
+    """
+    if query.shape[:3] != retrieved.places.shape[:3]:
+        raise ShapeError(
+            f"query and retrieved must agree in (B, H, T), got {tuple(query.shape[:3])} and "
+            f"{tuple(retrieved.places.shape[:3])}"
+        )
+    attended: Tensor = _MemoryAttention.apply(query.flatten(0, 2), retrieved, scaling)
+    return attended.view(query.shape)
+
+
+class _MemoryAttention(torch.autograd.Function):
+    """Blocked over queries; the backward pass gathers again instead of keeping what it read."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, retrieved: Retrieved, scaling: float) -> Tensor:
+        # query (N, D) with N = B * H * T; weights (N, K)
+        places, found = retrieved.places.flatten(0, 2), retrieved.found.flatten(0, 2)
+        chunk_size = retrieved.keys.shape[1]
+        precision = torch.promote_types(query.dtype, torch.float32)
+        weights = query.new_empty(
+            (places.shape[0], places.shape[1] * chunk_size), dtype=precision
+        )
+        output = torch.empty_like(query)
+        for block in _blocks(query, retrieved):
+            keys = _gather(retrieved.keys, places[block], precision)
+            values = _gather(retrieved.values, places[block], precision)
+            scores = _dot(keys, query[block].to(precision)) * scaling
+            missing = ~found[block].repeat_interleave(chunk_size, dim=1)
+            scores = scores.masked_fill_(missing, -torch.inf)
+            # A softmax over nothing is NaN: those queries get weight 0 everywhere.
+            weights[block] = torch.softmax(scores, dim=1).nan_to_num_(nan=0.0)
+            output[block] = _mix(weights[block], values).to(query.dtype)
+        ctx.save_for_backward(weights)
+        ctx.retrieved, ctx.scaling = retrieved, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        retrieved: Retrieved = ctx.retrieved
+        if not retrieved.intact():
+            raise ShapeError(
+                "the memory was written too often between forward and backward: what was read is "
+                "overwritten; call backward before the second update"
+            )
+        places = retrieved.places.flatten(0, 2)
+        grad_query = torch.empty_like(grad_output)
+        for block in _blocks(grad_output, retrieved):
+            values = _gather(retrieved.values, places[block], weights.dtype)
+            grad_weights = _dot(values, grad_output[block].to(weights.dtype))
+            mean = (weights[block] * grad_weights).sum(dim=1, keepdim=True)
+            grad_scores = weights[block] * (grad_weights - mean) * ctx.scaling
+            keys = _gather(retrieved.keys, places[block], weights.dtype)
+            grad_query[block] = _mix(grad_scores, keys).to(grad_query.dtype)
+        return grad_query, None, None
+
+
+def _blocks(query: Tensor, retrieved: Retrieved) -> Iterator[slice]:
+    """Cut N queries so that gathered keys or values take at most `_BLOCK_BYTES`."""
+    chunk_size, head_dim = retrieved.keys.shape[1:]
+    per_query = retrieved.places.shape[3] * chunk_size * head_dim * 4
+    size = max(1, _BLOCK_BYTES // per_query)
+    for start in range(0, query.shape[0], size):
+        yield slice(start, start + size)
+
+
+def _gather(stored: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Read chunks: ``(places, C, D)`` at ``(N, n)`` -> ``(N, n * C, D)``."""
+    return stored[places].flatten(1, 2).to(dtype)
+
+
+def _dot(vectors: Tensor, query: Tensor) -> Tensor:
+    """Inner products ``(N, K, D) . (N, D) -> (N, K)``."""
+    return torch.bmm(vectors, query.unsqueeze(2)).squeeze(2)
+
+
+def _mix(weights: Tensor, vectors: Tensor) -> Tensor:
+    """Weighted sums ``(N, K), (N, K, D) -> (N, D)``."""
+    return torch.bmm(weights.unsqueeze(1), vectors).squeeze(1)
+
+
+def fuse(local: Tensor, memory: Tensor, gate: Tensor, found: Tensor) -> Tensor:
+    r"""Mix local and memory attention outputs with one learned gate per head.
+
+    .. math:: H_h = (1 - \sigma(g_h))\, A_h + \sigma(g_h)\, M_h
+
+    A query token that found no memory keeps its local output unchanged, whatever the gate.
+
+    Args:
+        local: ``(B, H, T, D)``, any float dtype. :math:`A`, attention over the current window.
+        memory: ``(B, H, T, D)``, same dtype. :math:`M`, attention over retrieved tokens.
+        gate: ``(H,)``, float32. :math:`g` before the sigmoid; 0 weighs both sides equally.
+        found: ``(B, H, T)``, bool. Whether any retrieved token was valid.
+
+    Returns:
+        ``(B, H, T, D)`` in the dtype of ``local``.
+
+    Raises:
+        ShapeError: if ``local`` and ``memory`` differ in shape.
+
+    Source:
+        LongMem (arXiv:2306.07174), memory fusion. The sign of ``g`` is the one in the authors'
+        code (``memory_bias``): a large ``g`` means *more memory*; the paper's formula negates it.
+    """
+    if local.shape != memory.shape:
+        raise ShapeError(
+            f"local and memory must have the same shape, got {tuple(local.shape)} and "
+            f"{tuple(memory.shape)}"
+        )
+    precision = torch.promote_types(local.dtype, torch.float32)
+    # Sigmoid in float32: in bfloat16 it is exactly 1, with gradient 0, from g = 6.25 up.
+    weight = torch.sigmoid(gate.to(precision)).view(1, -1, 1, 1) * found.unsqueeze(-1)
+    return torch.lerp(local.to(precision), memory.to(precision), weight).to(local.dtype)

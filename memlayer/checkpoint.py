@@ -1,0 +1,311 @@
+"""A trained side network on disk or on the Hub: what is saved, and for which backbone.
+
+    adapter_config.json         settings, the backbone's name and fingerprint, the weights' checksum
+    adapter_model.safetensors   the side network's weights, nothing of the backbone
+    README.md                   a model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+
+from memlayer.config import LongMemConfig
+from memlayer.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from memlayer.model import LongMemModel
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+_SKETCHED = 64
+
+
+def save_adapter(model: LongMemModel, directory: Path) -> None:
+    """Write a model's side network into a directory, which is made if need be."""
+    weights = dump_tensors(_side_weights(model))
+    config = {
+        "format_version": FORMAT_VERSION,
+        "memlayer_version": version("memlayer-lm"),
+        "base_model_name_or_path": model.backbone.name_or_path,
+        "base_model": _architecture(model.backbone),
+        "base_model_sketch": _sketch(model.backbone).tolist(),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "memory": model.memory_config.to_dict(),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / WEIGHTS_NAME, weights)
+    _write(directory / CONFIG_NAME, json.dumps(config, indent=2).encode())
+    _write(directory / CARD_NAME, _card(model).encode())
+
+
+def load_adapter(model: LongMemModel, directory: Path) -> None:
+    """Put a saved side network into a model that was wrapped with its settings.
+
+    Raises:
+        CheckpointError: if the files are missing or damaged, or made for another backbone.
+    """
+    config = read_config(directory)
+    check_backbone(model.backbone, config, directory)
+    weights = _read_weights(directory, config)
+    own = _side_weights(model)
+    wrong = sorted(
+        {name for name in own.keys() ^ weights.keys()}
+        | {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{directory / WEIGHTS_NAME} does not fit its settings ({len(wrong)} tensors, first "
+            f"{wrong[0]!r}); {CONFIG_NAME} was changed or belongs to another checkpoint"
+        )
+    model.side_network.load_state_dict(weights)
+
+
+def load(
+    directory: str | Path,
+    backbone: PreTrainedModel | None = None,
+    backend: str | None = None,
+    **changes: Any,
+) -> LongMemModel:
+    """Load a trained model: its backbone, its side network and an empty memory.
+
+    Args:
+        directory: where `LongMemModel.save_pretrained` wrote, or a Hub id.
+        backbone: the backbone; loaded by the name in the checkpoint if None.
+        backend: a retrieval backend instead of the one in the checkpoint.
+        changes: fields of `LongMemConfig` to set otherwise (``memory_size``, ``top_k``, ...).
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged or made for another backbone.
+        ConfigError: if a changed setting makes no sense.
+    """
+    from memlayer.backbones import load_backbone
+    from memlayer.model import wrap
+
+    place = _find(directory)
+    saved = read_config(place)
+    settings = _settings(saved, place).to_dict()
+    if backend is not None:
+        # Options belong to the backend that they were written for.
+        settings |= {"backend": backend, "backend_options": {}}
+    config = LongMemConfig.from_dict(settings | changes)
+    if backbone is None:
+        backbone = load_backbone(str(saved["base_model_name_or_path"])).model
+    check_backbone(backbone, saved, place)
+    model = wrap(backbone, config)
+    load_adapter(model, place)
+    model.eval()
+    return model
+
+
+def push_adapter(
+    model: LongMemModel, repo_id: str, *, private: bool | None = None, token: str | None = None
+) -> str:
+    """Upload a model's side network to the Hub, and give the address of the commit."""
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        save_adapter(model, Path(directory))
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=directory, commit_message="Upload memlayer side network"
+        )
+    return str(commit.commit_url)
+
+
+def fingerprint(backbone: PreTrainedModel) -> str:
+    """Give a short name for a backbone's architecture and weights, the same in each process.
+
+    The weights enter as a sample rounded to bfloat16, so that a backbone loaded in float32 and in
+    bfloat16 has one fingerprint.
+    """
+    digest = hashlib.sha256(json.dumps(_architecture(backbone), sort_keys=True).encode())
+    digest.update(_sketch(backbone).bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read a checkpoint's adapter_config.json.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or of another format.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no checkpoint in {directory} (no {CONFIG_NAME}); give the directory that "
+            "`memlayer train --output` or save_pretrained wrote"
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    found = config.get("format_version") if isinstance(config, dict) else None
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {found!r}, this memlayer reads {FORMAT_VERSION}; it was "
+            f"written by memlayer {config.get('memlayer_version') if isinstance(config, dict) else '?'}"
+        )
+    expected = {"base_model_name_or_path": str, "base_model": dict, "memory": dict, "sha256": str}
+    for name, kind in expected.items():
+        if not isinstance(config.get(name), kind):
+            raise CheckpointError(f"{path} is damaged: {name} is {config.get(name)!r}")
+    return dict(config)
+
+
+def check_backbone(backbone: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a backbone that a checkpoint was not made for.
+
+    Raises:
+        CheckpointError: if architecture or weights differ.
+    """
+    name = config["base_model_name_or_path"]
+    own, saved = _architecture(backbone), config["base_model"]
+    different = [key for key in own if own[key] != saved.get(key)]
+    if different:
+        key = different[0]
+        raise CheckpointError(
+            f"the checkpoint in {directory} was made for {name!r} with {key}={saved.get(key)!r}, "
+            f"this backbone has {key}={own[key]!r}"
+        )
+    sketch = torch.tensor(config.get("base_model_sketch") or [], dtype=torch.float32)
+    weights = _sketch(backbone)
+    # 1 % covers a backbone loaded in bfloat16 (0.4 %); other weights differ by much more.
+    if sketch.shape != weights.shape or not torch.allclose(sketch, weights, rtol=0.01, atol=1e-6):
+        raise CheckpointError(
+            f"the checkpoint in {directory} was made for {name!r}; this backbone has the same "
+            "architecture but other weights"
+        )
+
+
+def _settings(config: Mapping[str, Any], directory: Path) -> LongMemConfig:
+    try:
+        return LongMemConfig.from_dict(config["memory"])
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG_NAME} is damaged: {error}") from error
+
+
+def _side_weights(model: LongMemModel) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in model.side_network.state_dict().items()}
+
+
+def _read_weights(directory: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = directory / WEIGHTS_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != config["sha256"]:
+        raise CheckpointError(
+            f"{path} does not match its checksum: it was truncated or changed; save or download "
+            "the checkpoint again"
+        )
+    try:
+        return load_tensors(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _architecture(backbone: PreTrainedModel) -> dict[str, Any]:
+    config = backbone.config.get_text_config(decoder=True)
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _sketch(backbone: PreTrainedModel) -> Tensor:
+    """Sample weights from all over a backbone: ``(64,)``, float32, on the CPU."""
+    matrices = [weight for weight in backbone.parameters() if weight.dim() > 1]
+    picked = [matrices[number * len(matrices) // _SKETCHED] for number in range(_SKETCHED)]
+    values = [
+        weight.detach().flatten()[(7919 * number) % weight.numel()]
+        for number, weight in enumerate(picked)
+    ]
+    return torch.stack([value.float().cpu() for value in values])
+
+
+def _find(directory: str | Path) -> Path:
+    if Path(directory).is_dir():
+        return Path(directory)
+    try:
+        found = snapshot_download(
+            str(directory), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME]
+        )
+    except Exception as error:  # huggingface_hub raises its own, httpx's and ValueError alike
+        raise CheckpointError(
+            f"{str(directory)!r} is neither a directory nor a checkpoint that can be had from the "
+            f"Hugging Face Hub ({type(error).__name__})"
+        ) from error
+    return Path(found)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _card(model: LongMemModel) -> str:
+    config, name = model.memory_config, model.backbone.name_or_path
+    trainable = sum(p.numel() for p in model.trainable_parameters())
+    return f"""---
+base_model: {name}
+library_name: memlayer
+pipeline_tag: text-generation
+tags:
+- memlayer
+- longmem
+---
+
+# A long-term memory for {name}
+
+A [LongMem](https://arxiv.org/abs/2306.07174) side network of {trainable:,} parameters, trained with
+memlayer. The backbone is not included and was not changed.
+
+```python
+import memlayer
+
+model = memlayer.load("PATH_OR_ID_OF_THIS_CHECKPOINT")
+model.memorize(long_document_ids)
+model.generate(prompt_ids, max_new_tokens=100)
+```
+
+| setting | value |
+|---|---|
+| memory layers | {list(config.memory_layers or ())} |
+| memory size, tokens a row | {config.memory_size} |
+| chunk size, tokens | {config.chunk_size} |
+| retrieved tokens per query | {config.top_k} |
+| segment length | {config.segment_length} |
+| backbone layers per side layer | {config.layer_reduction_factor} |
+| start | {config.side_init} |
+"""

@@ -1,0 +1,521 @@
+"""A decoder with a long-term memory: `wrap` a backbone, then use it as before.
+
+    encode    one pass of the frozen backbone                  -> BackboneStates
+    read      the side network over those states and a memory  -> logits
+    remember  the states' keys and values                      -> memory
+    forward = encode, read and, if asked, remember
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from memlayer import checkpoint
+from memlayer.capture import BackboneStates, run_backbone, run_to_memory_layers
+from memlayer.config import LongMemConfig
+from memlayer.decoders import describe, find_parts
+from memlayer.errors import BackendUnavailableError, ConfigError, ShapeError
+from memlayer.kv_cache import with_side_layers
+from memlayer.memory import MemoryBank
+from memlayer.plugins import Plugins, default_plugins
+from memlayer.side_network import MemoryView, SideNetwork
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from memlayer.retrieval import RetrievalBackend
+
+
+class LongMemModel(nn.Module, GenerationMixin):
+    """A frozen backbone, a side network that reads memory, and the memory.
+
+    Made by `wrap` or `load`. Whatever this class does not define is the backbone's (``config``,
+    ``dtype``, ``get_input_embeddings``, ...). Memory changes only in `memorize`, in a forward with
+    ``update_memory=True`` and by its own methods. One forward at a time may run on one backbone.
+
+    Attributes:
+        backbone: the Hugging Face model: frozen, in eval mode, otherwise as it was.
+        side_network: the only trainable part.
+        memory: what was memorized, one row per batch row.
+        memory_config: the settings, ``memory_layers`` filled in.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+
+    def __init__(
+        self, backbone: PreTrainedModel, config: LongMemConfig, plugins: Plugins | None = None
+    ) -> None:
+        super().__init__()
+        plugins = default_plugins() if plugins is None else plugins
+        self._make_backend = _backend_maker(plugins, config)
+        self.parts = find_parts(backbone, describe(backbone, plugins))
+        # A wrong backend option is the user's mistake now, not at the first write.
+        self._make_backend(1, self.parts.head_dim, backbone.device)
+        self.memory_config = _with_memory_layers(config, len(self.parts.layers))
+        self._was = [(module, module.training) for module in backbone.modules()]
+        self._required_grad = [(p, p.requires_grad) for p in backbone.parameters()]
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.side_network = SideNetwork(self.parts, self.memory_config)
+        if not torch.finfo(next(backbone.parameters()).dtype).bits > 32:
+            self.side_network.float()
+        self.generation_config = backbone.generation_config
+        self.memory = self.new_memory()
+        self._memory_on = True
+        self._adapter_on = True
+        self._generating_rows: int | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what only the backbone has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "backbone":
+                raise
+            return getattr(super().__getattr__("backbone"), name)
+
+    @property
+    def _memory_layers(self) -> tuple[int, ...]:
+        return self.memory_config.memory_layers or ()
+
+    # ---------------------------------------------------------------- the three steps
+
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> BackboneStates:
+        """Run the frozen backbone once, without its head; no gradient is kept.
+
+        Args:
+            input_ids: ``(B, T)``, int64.
+            attention_mask: ``(B, past + T)``, 0 for padding, on either side.
+            position_ids: ``(B, T)``; counted from the mask if there is padding and none are given.
+            past_key_values: the cache of earlier calls; extended in place.
+            inputs_embeds: ``(B, T, E)`` instead of ``input_ids``.
+            use_cache: make a cache if none is given.
+
+        Raises:
+            ConfigError: if learned positions would run out.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        inputs, mask = self._inputs(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+        )
+        if past_key_values is not None:
+            with_side_layers(past_key_values, self.side_network.sources, len(self.parts.layers))
+            inputs |= {"past_key_values": past_key_values, "use_cache": True}
+        states = run_backbone(self.parts, self.side_network.sources, self._memory_layers, **inputs)
+        states.attention_mask, states.past_key_values = mask, past_key_values
+        return states
+
+    def read(
+        self,
+        states: BackboneStates,
+        memory: MemoryBank | None = None,
+        *,
+        expand: int = 1,
+        logits_to_keep: int | Tensor = 0,
+    ) -> Tensor:
+        """Run the side network over one backbone pass.
+
+        Args:
+            states: what `encode` gave.
+            memory: the bank to read; None, or a bank with nothing in it, means local context only.
+            expand: consecutive batch rows that share one row of memory.
+            logits_to_keep: how many last positions to give logits for (0: all), or which.
+
+        Returns:
+            Logits ``(B, T, V)``, of fewer positions if so asked.
+        """
+        view = None if memory is None else MemoryView(memory, expand)
+        hidden = self.side_network(states, view)
+        return self._head(_keep(hidden, logits_to_keep))
+
+    def backbone_logits(self, states: BackboneStates, logits_to_keep: int | Tensor = 0) -> Tensor:
+        """Give the frozen backbone's own logits of the same pass: ``(B, T, V)``."""
+        hidden = _keep(states.hidden_states[-1], logits_to_keep)
+        return self._head(self.parts.final_norm(hidden))
+
+    def remember(self, states: BackboneStates, memory: MemoryBank | None = None) -> None:
+        """Append one backbone pass's keys and values to a memory (the model's own if None)."""
+        bank = self.memory if memory is None else memory
+        bank.write(states.keys, states.values, states.attention_mask)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        weight = next(self.parts.head.parameters())
+        logits: Tensor = self.parts.head(self.parts.output_projection(hidden.to(weight.dtype)))
+        return logits
+
+    # ---------------------------------------------------------------- use
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        update_memory: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Predict the next tokens, reading memory; the arguments are Hugging Face's.
+
+        Args:
+            input_ids: ``(B, T)``, int64.
+            attention_mask: ``(B, past + T)``, 0 for padding. Padding is never memorized.
+            position_ids: ``(B, T)``, int64.
+            past_key_values: a `DynamicCache`; holds the backbone's and the side network's layers.
+            inputs_embeds: ``(B, T, E)`` instead of ``input_ids``.
+            labels: ``(B, T)``, int64; shifted inside, -100 is not scored.
+            use_cache: return a cache; as the backbone's config says if None and not training.
+            logits_to_keep: how many last positions to give logits for (0: all), or which.
+            update_memory: after reading, append this segment to memory. A backward pass may still
+                follow, but before the next update.
+            return_dict: False for a tuple.
+            kwargs: passed to the backbone while the adapter is disabled; else refused.
+
+        Raises:
+            ShapeError: if the batch is not the one that was memorized.
+            ConfigError: if an argument is not supported.
+        """
+        if not self._adapter_on:
+            return self._plain_backbone(
+                update_memory,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        _refuse_unsupported(kwargs)
+        if use_cache is None:
+            use_cache = past_key_values is not None or (
+                not self.training and bool(self.config.use_cache)
+            )
+        states = self.encode(
+            input_ids,
+            attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        memory = self.memory if self._memory_on else None
+        expand = self._expansion(states.hidden_states[0].shape[0])
+        logits = self.read(states, memory, expand=expand, logits_to_keep=logits_to_keep)
+        if update_memory:
+            self.remember(states)
+        loss = None
+        if labels is not None:
+            vocabulary = self.config.get_text_config(decoder=True).vocab_size
+            loss = self.backbone.loss_function(logits, labels, vocab_size=vocabulary)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=states.past_key_values
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def memorize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Append text to each row's memory.
+
+        The text is read in segments of ``segment_length``, the backbone running only up to the
+        last memory layer.
+
+        Args:
+            input_ids: ``(B, T)``, int64, any length.
+            attention_mask: ``(B, T)``, 0 for padding, on either side.
+
+        Raises:
+            ShapeError: if the shapes do not fit, or not the rows that memory already holds.
+        """
+        if input_ids.dim() != 2:
+            raise ShapeError(
+                f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ShapeError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        for start in range(0, input_ids.shape[1], self.memory_config.segment_length):
+            part = slice(start, start + self.memory_config.segment_length)
+            mask = None if attention_mask is None else attention_mask[:, part]
+            inputs, real = self._inputs(input_ids[:, part], mask, None, None, None)
+            states = run_to_memory_layers(self.parts, self._memory_layers, **inputs)
+            states.attention_mask = real
+            self.remember(states)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate as Hugging Face's ``generate`` does, reading memory at every step.
+
+        Memory is left as it is. With beams or several returned sequences, all of a prompt's
+        sequences read that prompt's row.
+
+        Raises:
+            ShapeError: if the number of prompts is not that of the memory's rows.
+        """
+        if not self._adapter_on:
+            return self.backbone.generate(inputs, **kwargs)
+        prompts = inputs if inputs is not None else kwargs.get("input_ids")
+        prompts = kwargs.get("inputs_embeds") if prompts is None else prompts
+        rows = 1 if prompts is None else prompts.shape[0]
+        memory = self.memory
+        if self._memory_on and memory.is_readable and not memory.shared and rows != memory.rows:
+            raise ShapeError(
+                f"the memory holds {memory.rows} rows, got {rows} prompts; give one prompt a row, "
+                "or call memory.clear() first"
+            )
+        self._generating_rows = rows
+        try:
+            return super().generate(inputs, **kwargs)
+        finally:
+            self._generating_rows = None
+
+    @contextmanager
+    def disable_memory(self) -> Iterator[None]:
+        """Run the side network without memory inside the block."""
+        before, self._memory_on = self._memory_on, False
+        try:
+            yield
+        finally:
+            self._memory_on = before
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run exactly the backbone inside the block."""
+        before, self._adapter_on = self._adapter_on, False
+        try:
+            yield
+        finally:
+            self._adapter_on = before
+
+    def unwrap(self) -> PreTrainedModel:
+        """Give the backbone back as it was before `wrap`; this model is not to be used after."""
+        for parameter, required in self._required_grad:
+            parameter.requires_grad_(required)
+        for module, training in self._was:
+            module.training = training
+        return self.backbone
+
+    def new_memory(self, memory_size: int | None = None) -> MemoryBank:
+        """Make an empty memory for this model, of another size if given (tokens per row)."""
+        config = self.memory_config
+        if memory_size is not None:
+            config = replace(config, memory_size=memory_size)
+        return MemoryBank(
+            capacity=config.memory_size,
+            chunk_size=config.chunk_size,
+            top_k=config.top_k,
+            num_layers=len(self._memory_layers),
+            num_key_value_heads=self.parts.num_key_value_heads,
+            head_dim=self.parts.head_dim,
+            make_index=lambda lanes: self._make_backend(lanes, self.parts.head_dim, self.device),
+            dtype=self.backbone.dtype,
+            device=self.device,
+            shared=config.memory_scope == "batch",
+            slack=config.segment_length,
+            identity=f"{checkpoint.fingerprint(self.backbone)} layers {list(self._memory_layers)}",
+        )
+
+    # ---------------------------------------------------------------- training, saving
+
+    def train(self, mode: bool = True) -> LongMemModel:
+        """Set the side network's mode; the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Go through the side network's parameters."""
+        return self.side_network.parameters()
+
+    def parameter_groups(
+        self, *, learning_rate: float, gate_learning_rate: float, weight_decay: float
+    ) -> list[dict[str, Any]]:
+        """Sort the trainable parameters for an optimizer.
+
+        Returns:
+            Matrices, with decay; vectors (norms, biases), without; gates and layer scales, with
+            their own learning rate and without decay.
+        """
+        side = self.side_network
+        gates = [*side.gates, *([] if side.scales is None else [side.scales])]
+        known = {id(parameter) for parameter in gates}
+        weights = [p for p in side.parameters() if id(p) not in known]
+        return [
+            {
+                "params": [p for p in weights if p.dim() > 1],
+                "lr": learning_rate,
+                "weight_decay": weight_decay,
+            },
+            {"params": [p for p in weights if p.dim() <= 1], "lr": learning_rate, "weight_decay": 0.0},
+            {"params": gates, "lr": gate_learning_rate, "weight_decay": 0.0},
+        ]
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words."""
+        trainable = sum(p.numel() for p in self.trainable_parameters())
+        total = trainable + sum(p.numel() for p in self.backbone.parameters())
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the side network: adapter_config.json, adapter_model.safetensors, README.md."""
+        checkpoint.save_adapter(self, Path(directory))
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub.
+
+        Returns:
+            The address of the commit.
+        """
+        return checkpoint.push_adapter(self, repo_id, private=private, token=token)
+
+    # ---------------------------------------------------------------- parts
+
+    def _inputs(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Give the decoder's arguments, and the mask ``(B, T)`` of this call's real tokens."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ConfigError("exactly one of input_ids and inputs_embeds must be given")
+        tokens = given.shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        limit = self.parts.max_positions
+        if limit is not None and past + tokens > limit:
+            raise ConfigError(
+                f"{type(self.backbone).__name__} has learned positions for {limit} tokens, got "
+                f"{past + tokens}; memorize the older text and pass the rest"
+            )
+        mask = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            mask = attention_mask[:, -tokens:].bool()
+            if position_ids is None:
+                # Hugging Face's decoders count from 0 whatever the padding (hf_notes: left padding).
+                counted = attention_mask.long().cumsum(dim=1) - 1
+                position_ids = counted.clamp(min=0)[:, -tokens:]
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": False,
+        }
+        return {name: value for name, value in inputs.items() if value is not None}, mask
+
+    def _plain_backbone(self, update_memory: bool, **arguments: Any) -> Any:
+        if update_memory:
+            raise ConfigError("update_memory=True needs the adapter; it is disabled here")
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return self.backbone(**given)
+
+    def _expansion(self, batch: int) -> int:
+        if self._generating_rows is None:
+            return 1
+        return batch // self._generating_rows
+
+
+def wrap(
+    backbone: PreTrainedModel,
+    config: LongMemConfig | None = None,
+    *,
+    plugins: Plugins | None = None,
+) -> LongMemModel:
+    """Give a Hugging Face decoder a long-term memory.
+
+    The backbone is frozen and put in eval mode, and otherwise left alone; `LongMemModel.unwrap`
+    undoes that.
+
+    Args:
+        backbone: a causal-LM model of a family that an adapter describes.
+        config: settings; the defaults if None.
+        plugins: where backends and adapters come from; what is installed if None.
+
+    Raises:
+        UnsupportedModelError: if no adapter describes the backbone, or it lacks what is needed.
+        UnknownNameError: if there is no such backend.
+        BackendUnavailableError: if the backend's package or device is missing.
+        ConfigError: if a setting does not fit the backbone.
+    """
+    return LongMemModel(backbone, LongMemConfig() if config is None else config, plugins)
+
+
+def _backend_maker(
+    plugins: Plugins, config: LongMemConfig
+) -> Callable[[int, int, torch.device], RetrievalBackend]:
+    backend: Any = plugins.backends.get(config.backend)
+    options = dict(config.backend_options)
+    reason = plugins.backends.unavailable_reason(config.backend)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {config.backend!r} cannot run here: {reason}")
+
+    def make(lanes: int, dim: int, device: torch.device) -> RetrievalBackend:
+        made: RetrievalBackend = backend(lanes=lanes, dim=dim, device=device, **options)
+        return made
+
+    return make
+
+
+def _with_memory_layers(config: LongMemConfig, depth: int) -> LongMemConfig:
+    if depth < config.layer_reduction_factor:
+        raise ConfigError(
+            f"layer_reduction_factor must be at most the backbone's {depth} layers, got "
+            f"{config.layer_reduction_factor}"
+        )
+    if config.memory_layers is None:
+        # The paper's 18th of 24 layers, counted from 0.
+        return replace(config, memory_layers=(max(3 * depth // 4 - 1, 0),))
+    if config.memory_layers[-1] >= depth:
+        raise ConfigError(
+            f"memory_layers must be within 0 to {depth - 1}, got {list(config.memory_layers)}; "
+            f"the backbone has {depth} layers"
+        )
+    return config
+
+
+def _refuse_unsupported(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ConfigError(
+                f"argument {name}={value!r} is not supported with memory; use disable_adapter() "
+                "for the backbone's own"
+            )
+
+
+def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    return hidden[:, logits_to_keep]

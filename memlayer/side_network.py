@@ -1,0 +1,183 @@
+r"""The side network: the trainable layers that read what the backbone wrote.
+
+Each side layer is a copy of a backbone layer, run by that layer's own code with the very arguments
+(mask, positions, cache) that the backbone's layer was called with:
+
+.. math:: s^0 = h^0, \qquad s^l = f_l(s^{l-1}) + (h^{rl} - h^{r(l-1)})
+
+with :math:`h` the residual stream before any final norm, and, with ``side_init="identity"``,
+:math:`s^l = s^{l-1} + a_l (f_l(s^{l-1}) - s^{l-1}) + (h^{rl} - h^{r(l-1)})`, where :math:`a_l`
+starts at 0: the sum of the residuals alone is :math:`h^L`, so the network starts as the backbone.
+
+A layer that reads memory does so between its attention and the linear map behind it: one hook notes
+the queries as projected (not rotated), another fuses the concatenated heads. So eager, SDPA and
+flash attention serve alike, and no attention code is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from memlayer.attention import fuse, memory_attention
+from memlayer.capture import BackboneStates, first_tensor
+from memlayer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from memlayer.config import LongMemConfig
+    from memlayer.decoders import DecoderParts
+    from memlayer.memory import MemoryBank
+
+
+@dataclass(frozen=True)
+class MemoryView:
+    """A bank as one forward reads it.
+
+    Attributes:
+        bank: what is read.
+        expand: consecutive batch rows that share a row of the bank.
+    """
+
+    bank: MemoryBank
+    expand: int = 1
+
+
+class SideNetwork(nn.Module):
+    """L / r decoder layers beside the backbone, some of which read memory.
+
+    Args:
+        parts: the backbone's parts; its layers and final norm are copied.
+        config: with ``memory_layers`` set.
+
+    Attributes:
+        layers: side layers, copies of backbone layers.
+        norm: trainable copy of the final norm.
+        gates: one ``(H,)`` float32 parameter a memory layer, before the sigmoid.
+        scales: ``(L_s,)`` float32, :math:`a_l`; None with ``side_init="backbone"``.
+        sources: for each side layer, the backbone layer (from 0) up to which it has seen.
+        readers: for each memory layer, the side layer that reads it.
+    """
+
+    def __init__(self, parts: DecoderParts, config: LongMemConfig) -> None:
+        super().__init__()
+        self._parts = parts
+        depth, reduction = len(parts.layers), config.layer_reduction_factor
+        memory_layers = config.memory_layers or ()
+        self.sources = tuple(
+            min(start + reduction, depth) - 1 for start in range(0, depth, reduction)
+        )
+        self.readers = tuple(layer // reduction for layer in memory_layers)
+        if len(set(self.readers)) < len(self.readers):
+            raise ConfigError(
+                f"memory_layers must be read by different side layers, got {list(memory_layers)} "
+                f"with layer_reduction_factor={reduction}; take layers at least {reduction} apart"
+            )
+        # The layer that reads memory starts as the one that wrote it: queries and keys match.
+        copied = list(self.sources)
+        for reader, layer in zip(self.readers, memory_layers, strict=True):
+            copied[reader] = layer
+        self.layers = nn.ModuleList(
+            _copy_layer(parts.layers[source], depth + number)
+            for number, source in enumerate(copied)
+        )
+        self.norm = _copy_module(parts.final_norm)
+        self.gates = nn.ParameterList(
+            torch.zeros(parts.num_attention_heads, device=_device(parts)) for _ in memory_layers
+        )
+        self.scales: nn.Parameter | None = None
+        if config.side_init == "identity":
+            self.scales = nn.Parameter(torch.zeros(len(copied), device=_device(parts)))
+        self.memory_distance = config.memory_distance
+
+    def forward(self, states: BackboneStates, memory: MemoryView | None = None) -> Tensor:
+        """Give the final hidden states, normed: ``(B, T, E)``.
+
+        Args:
+            states: of one backbone pass, with the outputs of ``sources``.
+            memory: what to read; None leaves memory attention out, and so does an empty bank.
+        """
+        dtype = next(self.layers.parameters()).dtype
+        inner = [hidden.to(dtype) for hidden in states.hidden_states]
+        hidden = inner[0]
+        readers = {side: number for number, side in enumerate(self.readers)}
+        for number, (layer, call) in enumerate(zip(self.layers, states.calls, strict=True)):
+            with ExitStack() as hooks:
+                if memory is not None and memory.bank.is_readable and number in readers:
+                    hooks.enter_context(self._reading(layer, readers[number], memory))
+                output = first_tensor(layer(hidden, *call.args, **call.kwargs))
+            if self.scales is not None:
+                scale = self.scales[number].to(dtype)
+                output = hidden + scale * (output - hidden)
+            hidden = output + (inner[number + 1] - inner[number])
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    @contextmanager
+    def _reading(self, layer: nn.Module, number: int, memory: MemoryView) -> Iterator[None]:
+        """Let one layer's attention read memory layer ``number`` while this is entered."""
+        parts, gate = self._parts, self.gates[number]
+        attention = parts.attention(layer)
+        projection = parts.description.query
+        queries: list[Tensor] = []
+
+        def keep_queries(_: nn.Module, __: Any, output: Any) -> None:
+            queries.append(projection.split_heads(first_tensor(output), parts.head_dim))
+
+        def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            query = queries.pop()
+            retrieved = memory.bank.retrieve(query, layer=number, expand=memory.expand)
+            scaling: float = attention.scaling
+            recalled = memory_attention(self._rotate(query), retrieved, scaling)
+            # (B, T, H * D) <-> (B, H, T, D)
+            local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)
+            fused = fuse(local, recalled.to(local.dtype), gate, retrieved.found.any(dim=-1))
+            return (fused.transpose(1, 2).flatten(2), *args[1:])
+
+        query_module = attention.get_submodule(projection.module)
+        output_module = attention.get_submodule(parts.description.attention_output)
+        with (
+            query_module.register_forward_hook(keep_queries),
+            output_module.register_forward_pre_hook(read),
+        ):
+            yield
+
+    def _rotate(self, query: Tensor) -> Tensor:
+        """Turn queries as if every retrieved key stood ``memory_distance`` tokens before them."""
+        rotary = self._parts.rotary
+        if self.memory_distance is None or rotary is None:
+            return query
+        position = torch.tensor([[self.memory_distance]], device=query.device)
+        cos, sin = rotary(query, position)
+        first, second = query.chunk(2, dim=-1)
+        return query * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+
+
+def _copy_layer(layer: nn.Module, layer_idx: int) -> nn.Module:
+    """Copy a decoder layer as a trainable one with a place of its own in the KV cache."""
+    copied = _copy_module(layer)
+    for module in copied.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = layer_idx
+    return copied
+
+
+def _copy_module(module: nn.Module) -> nn.Module:
+    # Configurations stay shared, so that a change of attention implementation reaches the copies.
+    shared = {
+        id(part.config): part.config for part in module.modules() if hasattr(part, "config")
+    }
+    copied = copy.deepcopy(module, shared)
+    for part in copied.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return copied.requires_grad_(True)
+
+
+def _device(parts: DecoderParts) -> torch.device:
+    return next(parts.layers.parameters()).device
