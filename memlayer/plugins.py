@@ -89,13 +89,13 @@ class Plugins:
                 ("register_adapters", self.adapters),
                 ("register_tasks", self.tasks),
             ):
-                self.call(loaded, hook, register=self._register_into(registry, source))
+                with self.isolated(source):
+                    self.call(loaded, hook, register=self._register_into(registry, source))
 
     def call(self, loaded: LoadedPlugin, hook: str, **arguments: Any) -> None:
-        """Call one plug-in's implementations of a hook; what it raises goes to `failures`."""
+        """Call one plug-in's implementations of a hook, usually within `isolated`."""
         others = [other.plugin for other in self.loaded if other is not loaded]
-        with self.isolated(loaded.source):
-            self.manager.subset_hook_caller(hook, others)(**arguments)
+        self.manager.subset_hook_caller(hook, others)(**arguments)
 
     @contextmanager
     def isolated(self, source: Source) -> Iterator[None]:

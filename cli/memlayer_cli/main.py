@@ -98,8 +98,8 @@ def _add_plugin_commands(app: typer.Typer, session: Session) -> None:
     session.commands.update(dict.fromkeys(typer.main.get_group(app).commands, own))
     for plugin in session.plugins.loaded:
         added = typer.Typer()
-        session.plugins.call(plugin, "register_commands", app=added)
         with session.plugins.isolated(plugin.source):
+            session.plugins.call(plugin, "register_commands", app=added)
             _join(app, added, plugin.source, session.commands)
 
 
