@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +34,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
     The models are the real Hugging Face classes, with 4 layers, 2 heads of 8 and one token a byte.
     GPT-2 and OPT keep their dropout.
+    Weights are ten times the usual ones: logits then depend visibly on every part.
     """
     made: dict[str, Path] = {}
 
@@ -52,13 +58,20 @@ def _save_tiny_checkpoint(family: str, directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     sizes = {
-        "gpt2": {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 128},
+        "gpt2": {
+            "n_embd": 16,
+            "n_layer": 4,
+            "n_head": 2,
+            "n_positions": 128,
+            "initializer_range": 0.2,
+        },
         "llama": {
             "hidden_size": 16,
             "intermediate_size": 32,
             "num_hidden_layers": 4,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
+            "initializer_range": 0.2,
         },
         "opt": {
             "hidden_size": 16,
@@ -67,6 +80,7 @@ def _save_tiny_checkpoint(family: str, directory: Path) -> None:
             "num_hidden_layers": 4,
             "num_attention_heads": 2,
             "max_position_embeddings": 128,
+            "init_std": 0.2,
         },
     }
     config = CONFIG_MAPPING[family](

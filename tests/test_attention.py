@@ -1,0 +1,183 @@
+"""Attention over retrieved tokens, against the plain form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memlayer import attention
+from memlayer.attention import fuse, memory_attention
+from memlayer.errors import ShapeError
+from memlayer.memory import MemoryBank
+from memlayer.plugins import default_plugins
+
+
+def make_bank(dtype=torch.float64, heads=2, dim=8, **settings):
+    cls = default_plugins().backends.get("torch")
+    settings = {"capacity": 64, "chunk_size": 4, "top_k": 12, "slack": 16} | settings
+    return MemoryBank(
+        num_layers=1,
+        num_key_value_heads=heads,
+        head_dim=dim,
+        make_index=lambda lanes: cls(lanes=lanes, dim=dim, device="cpu"),
+        dtype=dtype,
+        **settings,
+    )
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def plain_attention(query, retrieved, scaling):
+    keys, values, mask = retrieved.gather()
+    scores = torch.einsum("bhtd,bhtkd->bhtk", query, keys.to(query.dtype)) * scaling
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1).nan_to_num()
+    return torch.einsum("bhtk,bhtkd->bhtd", weights, values.to(query.dtype))
+
+
+@pytest.fixture
+def filled():
+    bank = make_bank()
+    # Row 1 holds one chunk only, so two of three retrieved chunks are missing there.
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[1, 5:] = False
+    bank.write(draw(2, 2, 40, 8, seed=1), draw(2, 2, 40, 8, seed=2), mask)
+    return bank
+
+
+@pytest.mark.parametrize("block_bytes", [1, 5000, 2**24])
+def test_memory_attention_and_its_gradient_equal_the_plain_form(filled, monkeypatch, block_bytes):
+    monkeypatch.setattr(attention, "_BLOCK_BYTES", block_bytes)
+    query = draw(2, 4, 5, 8, seed=3).requires_grad_()
+    retrieved = filled.retrieve(query)
+    upstream = draw(2, 4, 5, 8, seed=4)
+    results = []
+    for function in (memory_attention, plain_attention):
+        output = function(query, retrieved, 0.3)
+        (gradient,) = torch.autograd.grad(output, query, upstream)
+        results.append((output, gradient))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_the_function(filled):
+    query = draw(2, 4, 3, 8, seed=3).requires_grad_()
+    retrieved = filled.retrieve(query)
+    assert torch.autograd.gradcheck(lambda q: memory_attention(q, retrieved, 0.4), query)
+
+
+def test_half_precision_queries_are_attended_in_float32(filled):
+    query = draw(2, 4, 3, 8, seed=3).bfloat16()
+    retrieved = filled.retrieve(query)
+    output = memory_attention(query, retrieved, 0.35)
+    assert output.dtype == torch.bfloat16
+    expected = plain_attention(query.double(), retrieved, 0.35)
+    torch.testing.assert_close(output.double(), expected, rtol=0.01, atol=0.01)
+
+
+def test_where_nothing_was_found_the_result_is_zero_even_with_garbage_in_the_bank(filled):
+    filled.clear(rows=[1])
+    query = draw(2, 4, 3, 8, seed=3).requires_grad_()
+    filled._ring.values[:, 1] = 1e30
+    output = memory_attention(query, filled.retrieve(query), 0.3)
+    assert torch.equal(output[1], torch.zeros_like(output[1]))
+    (gradient,) = torch.autograd.grad(output.sum(), query)
+    assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
+    assert gradient[0].abs().sum() > 0
+
+
+def test_backward_may_follow_one_update_of_a_full_bank():
+    bank = make_bank(capacity=32, slack=16)
+    for seed in range(4):
+        bank.write(draw(1, 2, 16, 8, seed=seed), draw(1, 2, 16, 8, seed=seed))
+    query = draw(1, 2, 6, 8, seed=9).requires_grad_()
+    retrieved = bank.retrieve(query)
+    expected = torch.autograd.grad(plain_attention(query, retrieved, 0.3).sum(), query)
+    output = memory_attention(query, retrieved, 0.3)
+    bank.write(draw(1, 2, 16, 8, seed=20), draw(1, 2, 16, 8, seed=21))
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), query), expected)
+
+
+def test_backward_after_two_updates_of_a_full_bank_says_so():
+    bank = make_bank(capacity=32, slack=16)
+    for seed in range(4):
+        bank.write(draw(1, 2, 16, 8, seed=seed), draw(1, 2, 16, 8, seed=seed))
+    query = draw(1, 2, 6, 8, seed=9).requires_grad_()
+    output = memory_attention(query, bank.retrieve(query), 0.3)
+    for seed in (20, 21):
+        bank.write(draw(1, 2, 16, 8, seed=seed), draw(1, 2, 16, 8, seed=seed))
+    with pytest.raises(ShapeError, match="call backward before the second update"):
+        output.sum().backward()
+
+
+def test_backward_survives_a_cleared_row_and_a_bank_that_grew():
+    bank = make_bank(capacity=4096, slack=512)
+    bank.write(draw(1, 2, 512, 8, seed=0), draw(1, 2, 512, 8, seed=1))
+    query = draw(1, 2, 6, 8, seed=9).requires_grad_()
+    retrieved = bank.retrieve(query)
+    expected = torch.autograd.grad(plain_attention(query, retrieved, 0.3).sum(), query)
+    output = memory_attention(query, retrieved, 0.3)
+    bank.clear(rows=[0])
+    bank.write(draw(1, 2, 2048, 8, seed=2), draw(1, 2, 2048, 8, seed=3))
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), query), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, list | tuple) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                self.numel = max(self.numel, tensor.numel())
+        return output
+
+
+def test_no_tensor_of_tokens_heads_k_and_d_exists(monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK_BYTES", 2**16)
+    bank = make_bank(dtype=torch.float32, dim=16, top_k=64, capacity=512, slack=64)
+    keys = draw(1, 2, 512, 16, dtype=torch.float32)
+    bank.write(keys, keys)
+    query = draw(1, 4, 256, 16, dtype=torch.float32).requires_grad_()
+    retrieved = bank.retrieve(query)
+    with LargestTensor() as largest:
+        memory_attention(query, retrieved, 0.25).sum().backward()
+    everything = query.numel() * 64
+    # The attention weights (tokens, heads, K) are the largest that is allowed.
+    assert largest.numel <= everything // 16
+
+
+def test_queries_must_be_those_that_were_retrieved_for(filled):
+    retrieved = filled.retrieve(draw(2, 4, 5, 8))
+    with pytest.raises(ShapeError, match=r"got \(2, 4, 6\) and \(2, 4, 5\)"):
+        memory_attention(draw(2, 4, 6, 8), retrieved, 0.3)
+
+
+def test_fuse_weighs_memory_by_the_sigmoid_of_the_gate():
+    local, memory = draw(2, 3, 5, 4, seed=1), draw(2, 3, 5, 4, seed=2)
+    gate = torch.tensor([-2.0, 0.0, 3.0])
+    share = torch.sigmoid(gate.double()).view(1, 3, 1, 1)
+    fused = fuse(local, memory, gate, torch.ones(2, 3, 5, dtype=torch.bool))
+    torch.testing.assert_close(fused, (1 - share) * local + share * memory)
+
+
+def test_fuse_ignores_memory_where_nothing_was_found():
+    local, memory = draw(2, 3, 5, 4, seed=1), draw(2, 3, 5, 4, seed=2)
+    nothing = torch.zeros(2, 3, 5, dtype=torch.bool)
+    fused = fuse(local, memory, torch.full((3,), 9.0), nothing)
+    torch.testing.assert_close(fused, local, rtol=0, atol=0)
+
+
+def test_a_large_gate_still_learns_in_bfloat16():
+    gate = torch.full((3,), 7.0, requires_grad=True)
+    local, memory = draw(2, 3, 5, 4, seed=1).bfloat16(), draw(2, 3, 5, 4, seed=2).bfloat16()
+    fuse(local, memory, gate, torch.ones(2, 3, 5, dtype=torch.bool)).sum().backward()
+    assert (gate.grad != 0).all()
+
+
+def test_fuse_refuses_other_shapes():
+    with pytest.raises(ShapeError, match="same shape"):
+        fuse(draw(1, 2, 3, 4), draw(1, 2, 4, 4), torch.zeros(2), torch.ones(1, 2, 3).bool())
