@@ -53,7 +53,7 @@ class RetrievalBackend(ABC):
 
     @abstractmethod
     def add(self, keys: Tensor, lanes: Sequence[int] | None = None) -> None:
-        """Append vectors.
+        """Append copies of vectors.
 
         Args:
             keys: ``(len(lanes), n, dim)``, any float dtype. Appended in order along ``n``.
@@ -68,12 +68,19 @@ class RetrievalBackend(ABC):
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """Find the ``k`` largest inner products of each query in its own lane.
 
+        A query with a NaN or infinite element finds nothing. Products are taken in float32 or
+        better, under autocast too; no gradient flows through them.
+
         Args:
             queries: ``(lanes, q, dim)``, any float dtype.
             k: vectors to find per query, at least 1.
 
         Returns:
             Scores and ids ``(lanes, q, k)``, always of that shape, on the queries' device.
+
+        Raises:
+            ShapeError: if the shape, dtype or device is wrong.
+            ConfigError: if ``k`` is not a whole number of at least 1.
         """
 
     @abstractmethod
@@ -101,7 +108,8 @@ class RetrievalBackend(ABC):
         """Replace the contents by what `save` wrote.
 
         Raises:
-            MemoryFormatError: if the files are missing, damaged or of other lanes or dim.
+            MemoryFormatError: if the files are missing, damaged or of other lanes or dim; the
+                contents are then what they were.
         """
 
     @classmethod

@@ -14,3 +14,19 @@ if TYPE_CHECKING:
 def register_backends(register: Register) -> None:
     """Name the backends; each is imported on first use."""
     register("torch", "memlayer_backends.torch_exact:TorchBackend")
+    register(
+        "faiss", "memlayer_backends.faiss_cpu:FaissBackend", extra="faiss", requires=("faiss",)
+    )
+    register(
+        "faiss-gpu",
+        "memlayer_backends.faiss_gpu:FaissGpuBackend",
+        extra="faiss-gpu",
+        requires=("faiss",),
+    )
+    register(
+        "hnswlib",
+        "memlayer_backends.hnswlib_graph:HnswlibBackend",
+        extra="hnswlib",
+        requires=("hnswlib",),
+    )
+    register("auto", "memlayer_backends.auto:AutoBackend")

@@ -104,6 +104,12 @@ class KeyBuffer:
         device = self.keys.device
         return self.keys[lanes[rows].to(device), slots.to(device)]
 
+    def newest(self, lane: int, n: int) -> Tensor:
+        """Copy the ``n`` newest vectors of one lane, oldest first: ``(n, dim)``."""
+        end = self._starts[lane] + self.counts[lane]
+        slots = (end - n + torch.arange(n)) % self._sizes[lane].clamp(min=1)
+        return self.keys[lane, slots.to(self.keys.device)]
+
     def replace(self, keys: Tensor, counts: Tensor, first_ids: Tensor) -> None:
         """Hold exactly these vectors, in the order that `live` gives for all lanes."""
         lanes, _, dim = self.keys.shape
