@@ -59,6 +59,11 @@ class LongMemModel(nn.Module, GenerationMixin):
         plugins = default_plugins() if plugins is None else plugins
         self._make_backend = _backend_maker(plugins, config)
         self.parts = find_parts(backbone, describe(backbone, plugins))
+        if config.memory_distance is not None and self.parts.rotary is None:
+            raise ConfigError(
+                f"memory_distance needs a rotary backbone, got {backbone.config.model_type} with "
+                "learned positions; leave memory_distance at None"
+            )
         # A wrong backend option is the user's mistake now, not at the first write.
         self._make_backend(1, self.parts.head_dim, backbone.device)
         self.memory_config = _with_memory_layers(config, len(self.parts.layers))
