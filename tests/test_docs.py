@@ -1,0 +1,64 @@
+"""What the documentation shows is run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILE_BLOCK = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def example(tmp_path):
+    """The package of docs/plugins.md, installed."""
+    text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    for name, content in FILE_BLOCK.findall(text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
+    info = tmp_path / "memlayer_example-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    entries = project["entry-points"]["memlayer"].items()
+    (info / "entry_points.txt").write_text(
+        "\n".join(["[memlayer]", *(f"{name} = {target}" for name, target in entries)])
+    )
+    return tmp_path
+
+
+def python(folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_the_plugin_of_the_documentation_is_found(example):
+    listed = python(example, "-c", "from memlayer_cli.main import main; main()", "plugins")
+    assert re.search(r"backend\W+timed\W+memlayer-example 1.0\W+available", listed)
+    assert re.search(r"adapter\W+starcoder2\W+memlayer-example 1.0\W+available", listed)
+    assert "failed" not in listed
+
+
+def test_the_plugin_of_the_documentation_passes_its_own_tests(example):
+    output = python(example, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
+    assert re.search(r"\d\d passed", output)
+    assert "failed" not in output
