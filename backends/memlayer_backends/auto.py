@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LARGE_LANE = 131_072
-"""Vectors per lane from which on a graph is worth its building and its errors on a CPU."""
+"""Vectors per lane from which on a graph is worth building on a CPU.
+
+Measured on two cores, dim 64, k 16, a lane of 65,536: a vector takes 0.5 ms to add, and a query
+0.3 ms instead of 0.8 ms of exact search, so that below about this size a graph that is written
+as often as it is read costs more than it saves.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
