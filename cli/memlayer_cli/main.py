@@ -19,8 +19,10 @@ import memlayer
 from memlayer.errors import MemlayerError, PluginError
 from memlayer.plugins import DISTRIBUTION, Plugins, default_plugins
 from memlayer.registry import Source
+from memlayer_cli.evaluate import evaluate
 from memlayer_cli.plugins import plugins
 from memlayer_cli.session import Session
+from memlayer_cli.train import train
 
 INTERRUPTED = 130
 
@@ -29,6 +31,8 @@ def build_app() -> typer.Typer:
     """Make the app with the built-in commands; their modules import the library when called."""
     app = typer.Typer(add_completion=False)
     app.callback(invoke_without_command=True)(_global_options)
+    app.command()(train)
+    app.add_typer(evaluate, name="eval")
     app.command()(plugins)
     return app
 

@@ -1,0 +1,236 @@
+"""``memlayer train``: adapt a backbone to read its memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memlayer.config import LongMemConfig, SideInit
+from memlayer.training.options import TrainingDtype, TrainingOptions
+from memlayer_cli.json_output import JsonOption, write_json
+from memlayer_cli.session import Session
+
+if TYPE_CHECKING:
+    from memlayer.training import TrainingResult
+
+MODEL = LongMemConfig()
+OPTIONS = TrainingOptions()
+DEFAULT_DATA = "python-stdlib"
+
+
+_MODEL_PANEL = "Model"
+_TRAINING_PANEL = "Training"
+_OUTPUT_PANEL = "Evaluation and checkpoints"
+
+
+def train(
+    ctx: typer.Context,
+    backbone: Annotated[
+        str,
+        typer.Option(
+            metavar="ID|DIR|FILE.gguf",
+            help="Model to adapt: a Hub id, a directory, a GGUF file, or smollm2-135m.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory for the trained side network.")
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC",
+            help="Training text: FILE, DIR, hf:NAME, python-docs or python-stdlib; may be "
+            f"repeated. Default: {DEFAULT_DATA}.",
+        ),
+    ] = None,
+    validation_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC",
+            help="Validation text. Default: documents of --data, kept apart from training.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")
+    ] = False,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="How memory is searched; see 'memlayer plugins'.", rich_help_panel=_MODEL_PANEL
+        ),
+    ] = MODEL.backend,
+    segment_length: Annotated[
+        int, typer.Option(help="Tokens of one forward.", rich_help_panel=_MODEL_PANEL)
+    ] = MODEL.segment_length,
+    memory_size: Annotated[
+        int, typer.Option(help="Tokens each memory holds.", rich_help_panel=_MODEL_PANEL)
+    ] = MODEL.memory_size,
+    top_k: Annotated[
+        int, typer.Option(help="Tokens read back per token.", rich_help_panel=_MODEL_PANEL)
+    ] = MODEL.top_k,
+    chunk_size: Annotated[
+        int, typer.Option(help="Tokens behind one index entry.", rich_help_panel=_MODEL_PANEL)
+    ] = MODEL.chunk_size,
+    memory_layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Layer, from 0, whose keys and values are kept; may be repeated. Default: one, "
+            "at 3/4 of the depth.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = None,
+    side_init: Annotated[
+        SideInit,
+        typer.Option(help="How the side network starts.", rich_help_panel=_MODEL_PANEL),
+    ] = MODEL.side_init,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Optimiser steps. Default: {OPTIONS.steps}, unless --tokens is given.",
+            rich_help_panel=_TRAINING_PANEL,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens to train on, instead of --steps.", rich_help_panel=_TRAINING_PANEL
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(help="Documents read side by side.", rich_help_panel=_TRAINING_PANEL),
+    ] = OPTIONS.batch_size,
+    gradient_accumulation: Annotated[
+        int,
+        typer.Option(help="Segments of each document per step.", rich_help_panel=_TRAINING_PANEL),
+    ] = OPTIONS.gradient_accumulation,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak, for weights.", rich_help_panel=_TRAINING_PANEL)
+    ] = OPTIONS.learning_rate,
+    gate_learning_rate: Annotated[
+        float,
+        typer.Option(help="Peak, for gates and layer scales.", rich_help_panel=_TRAINING_PANEL),
+    ] = OPTIONS.gate_learning_rate,
+    warmup: Annotated[
+        float,
+        typer.Option(
+            help="Part of the steps in which learning rates rise.", rich_help_panel=_TRAINING_PANEL
+        ),
+    ] = OPTIONS.warmup,
+    dtype: Annotated[
+        TrainingDtype,
+        typer.Option(help="Precision of the arithmetic.", rich_help_panel=_TRAINING_PANEL),
+    ] = OPTIONS.dtype,
+    device: Annotated[
+        str,
+        typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_TRAINING_PANEL),
+    ] = "auto",
+    seed: Annotated[
+        int,
+        typer.Option(help="Of document order and dropout.", rich_help_panel=_TRAINING_PANEL),
+    ] = OPTIONS.seed,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between evaluations.", rich_help_panel=_OUTPUT_PANEL),
+    ] = OPTIONS.eval_every,
+    eval_tokens: Annotated[
+        int,
+        typer.Option(help="Validation tokens scored each time.", rich_help_panel=_OUTPUT_PANEL),
+    ] = OPTIONS.eval_tokens,
+    save_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints.", rich_help_panel=_OUTPUT_PANEL),
+    ] = OPTIONS.save_every,
+    json: JsonOption = None,
+) -> None:
+    """Train a side network that reads a frozen backbone's memory.
+
+    Writes the side network (for memlayer.load), log.jsonl, curves.png,
+    training.json and checkpoints/ into --output. Ctrl-C saves a checkpoint;
+    the same command with --resume goes on from it.
+
+    Examples:
+
+      memlayer train --backbone smollm2-135m --segment-length 512 --output run
+
+      memlayer train --backbone gpt2-medium --backend faiss-gpu \\
+          --data books/ --tokens 10000000 --output run
+
+      memlayer train --backbone gpt2-medium --backend faiss-gpu \\
+          --data books/ --tokens 10000000 --output run --resume
+    """
+    config = LongMemConfig(
+        backend=backend,
+        segment_length=segment_length,
+        memory_size=memory_size,
+        top_k=top_k,
+        chunk_size=chunk_size,
+        memory_layers=tuple(memory_layer) if memory_layer else None,
+        side_init=side_init,
+    )
+    options = TrainingOptions(
+        steps=OPTIONS.steps if steps is None and tokens is None else steps,
+        tokens=tokens,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        gate_learning_rate=gate_learning_rate,
+        warmup=warmup,
+        dtype=dtype,
+        seed=seed,
+        eval_every=eval_every,
+        eval_tokens=eval_tokens,
+        save_every=save_every,
+    )
+    from memlayer.training import train_from_names
+
+    session: Session = ctx.obj
+    result = train_from_names(
+        backbone,
+        data or [DEFAULT_DATA],
+        config,
+        options,
+        output=output,
+        validation_data=validation_data or (),
+        device=device,
+        resume=resume,
+        plugins=session.plugins,
+    )
+    if json is not None:
+        write_json(result.to_dict(), json)
+    if json != "-":
+        _show(result)
+
+
+def _show(result: TrainingResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from memlayer.training.plot import plotting_problem
+
+    console = Console(highlight=False)
+    found = result.perplexities
+    if found is None:
+        console.print("no validation documents, so nothing was evaluated; see --validation-data")
+    else:
+        table = Table(title=f"validation perplexity over the same {found.tokens:,} tokens")
+        table.add_column("model")
+        table.add_column("perplexity", justify="right")
+        table.add_column("against backbone", justify="right")
+        for name, value in (
+            ("backbone alone", found.backbone),
+            ("side network, memory off", found.memory_off),
+            ("side network, memory on", found.memory_on),
+        ):
+            change = f"{100 * (value / found.backbone - 1):+.2f} %"
+            table.add_row(name, f"{value:.3f}", "" if name == "backbone alone" else change)
+        console.print(table)
+    lines = [
+        f"trained on {result.tokens:,} tokens in {result.steps:,} steps, {result.seconds:.0f} s",
+        f"checkpoint: {result.output}",
+        f"plot: {result.plot}" if result.plot else f"plot: {plotting_problem()}",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)

@@ -1,0 +1,120 @@
+"""What memory does for the loss on validation documents, at one moment of a training run.
+
+Three models read the same tokens from the same backbone pass: the backbone alone, the side network
+with its memory off, and with it on. The memory is a bank of its own, so that what the training
+streams remember stays as it is. `memlayer.evaluation` measures a finished checkpoint thoroughly;
+this is the small, fixed sample that draws the curves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memlayer.evaluation.windows import windows
+
+if TYPE_CHECKING:
+    from memlayer.data import TokenDocument
+    from memlayer.model import LongMemModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexities:
+    """Perplexities over the same tokens: exp of the mean cross entropy."""
+
+    memory_on: float
+    """Of the side network with memory: up to ``memory_size`` earlier tokens of the document."""
+
+    memory_off: float
+    """Of the side network that reads the segment alone."""
+
+    backbone: float
+    """Of the backbone that reads the segment alone."""
+
+    tokens: int
+    """Tokens scored."""
+
+
+def validation_sample(
+    documents: Sequence[TokenDocument], *, tokens: int, count: int
+) -> list[Tensor]:
+    """Choose the tokens to evaluate on: the beginnings of the longest documents.
+
+    Args:
+        documents: to choose from.
+        tokens: tokens to score in all, shared out evenly. Documents that are shorter than their
+            share bring what they have.
+        count: documents to choose.
+
+    Returns:
+        Token ids ``(n,)``, int64, one tensor a document; its first token is read but not scored.
+    """
+    longest = sorted(documents, key=lambda document: len(document.input_ids), reverse=True)
+    chosen = [document.input_ids for document in longest[:count] if len(document.input_ids) > 1]
+    share = math.ceil(tokens / max(len(chosen), 1))
+    return [input_ids[: share + 1] for input_ids in chosen]
+
+
+def measure_perplexities(
+    model: LongMemModel,
+    sample: Sequence[Tensor],
+    *,
+    before_segment: Callable[[], None] = lambda: None,
+) -> Perplexities:
+    """Score a sample in segments, one after the other, each remembered after it was scored.
+
+    The model's own memory and its training mode are as before afterwards.
+
+    Args:
+        model: wrapped backbone.
+        sample: what `validation_sample` chose.
+        before_segment: called before each segment; may raise to stop.
+    """
+    losses = torch.zeros(3, dtype=torch.float64)
+    tokens = 0
+    length = model.memory_config.segment_length
+    with torch.no_grad(), _evaluating(model):
+        for input_ids in sample:
+            bank = model.new_memory()
+            for window in windows(len(input_ids) - 1, length, length):
+                before_segment()
+                segment = input_ids[window.start : window.end].unsqueeze(0).to(model.device)
+                targets = input_ids[window.start + 1 : window.end + 1].to(model.device)
+                states = model.encode(segment)
+                for number, logits in enumerate(
+                    (
+                        model.read(states, memory=bank),
+                        model.read(states, memory=None),
+                        model.backbone_logits(states),
+                    )
+                ):
+                    losses[number] += functional.cross_entropy(
+                        logits[0].float(), targets, reduction="sum"
+                    ).item()
+                tokens += len(targets)
+                bank.write(states.keys, states.values)
+    memory_on, memory_off, backbone = (_exp(loss / max(tokens, 1)) for loss in losses.tolist())
+    return Perplexities(
+        memory_on=memory_on, memory_off=memory_off, backbone=backbone, tokens=tokens
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+@contextmanager
+def _evaluating(model: LongMemModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,557 @@
+"""The training loop.
+
+    Trainer.run ── per step: learning rates ─► segments ─► loss, backward ─► clip ─► AdamW ─► log
+                └─ now and then: evaluate, write a checkpoint; at the end: save the side network
+
+Everything that a step depends on is in a checkpoint (weights, AdamW's moments, random generators,
+the place in the data, every stream's memory), so that a resumed run repeats the interrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memlayer import checkpoint as adapter_checkpoint
+from memlayer.data import IGNORED, StreamBatches, tokenize_documents
+from memlayer.errors import CheckpointError, ConfigError, DataError, TrainingError
+from memlayer.training import checkpoints
+from memlayer.training.evaluation import Perplexities, measure_perplexities, validation_sample
+from memlayer.training.files import write_atomically
+from memlayer.training.interrupts import Interrupts
+from memlayer.training.log import LOG_NAME, TrainingLog
+from memlayer.training.plot import plot_curves, plotting_problem
+from memlayer.training.progress import TrainingProgress
+from memlayer.training.schedule import learning_rate_factor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+    from memlayer.data import Batch, Document, TokenDocument
+    from memlayer.model import LongMemModel
+    from memlayer.training.options import TrainingOptions
+
+RUN_NAME = "training.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished training run left."""
+
+    output: Path
+    """The directory that `memlayer.load` reads."""
+
+    log: Path
+    """One JSON object a line: every step and every evaluation."""
+
+    plot: Path | None
+    """The curves; None where matplotlib is missing."""
+
+    steps: int
+    """Optimiser steps of the whole run, those before a resume included."""
+
+    tokens: int
+    """Tokens read in these steps, padding not counted."""
+
+    seconds: float
+    """Spent in the steps, evaluations and checkpoints not counted."""
+
+    perplexities: Perplexities | None
+    """After the last step; None without validation documents."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as JSON types."""
+        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
+
+
+def train(
+    model: LongMemModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_documents: Sequence[Document],
+    validation_documents: Sequence[Document],
+    options: TrainingOptions,
+    *,
+    output: Path | str,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> TrainingResult:
+    """Train the side network of a wrapped backbone, and write it with its log and curves.
+
+    The model is trained in place, on its own device. Its memory is empty afterwards; torch's
+    random generators are as before.
+
+    Args:
+        model: what `memlayer.wrap` gave.
+        tokenizer: the backbone's.
+        train_documents: at least ``batch_size`` of them.
+        validation_documents: may be empty; then nothing is evaluated.
+        options: how to train.
+        output: the run's directory, made if need be. It must not hold a run unless ``resume``.
+        resume: go on from the run's newest whole checkpoint, or its start if it has none.
+        progress: draw a progress bar on standard error. None: if that is a terminal.
+
+    Raises:
+        ConfigError: if the directory holds a run already, holds none to resume, or its run was
+            begun with other settings or documents.
+        CheckpointError: if all of its checkpoints are damaged.
+        DataError: if no document can be trained on.
+        TrainingError: if the loss is not finite, or a checkpoint cannot be written.
+        KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
+    """
+    return Trainer(
+        model,
+        tokenizer,
+        train_documents,
+        validation_documents,
+        options,
+        output=output,
+        resume=resume,
+        progress=progress,
+    ).run()
+
+
+def check_output(output: Path | str, *, resume: bool) -> None:
+    """Refuse a directory that training must not write to.
+
+    Raises:
+        ConfigError: if it holds a run and ``resume`` is false, or none that can go on and it is
+            true.
+    """
+    run = Path(output)
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"output must be a directory, got the file {run}; give another name")
+    holds_run = any(
+        (run / name).exists()
+        for name in (RUN_NAME, LOG_NAME, adapter_checkpoint.CONFIG_NAME, checkpoints.CHECKPOINTS)
+    )
+    if not resume:
+        if holds_run:
+            raise ConfigError(
+                f"{run} holds a training run already; go on with it (resume, on the command line "
+                f"--resume) or give another output directory"
+            )
+        return
+    if not (run / RUN_NAME).is_file():
+        raise ConfigError(
+            f"there is no training run to resume in {run} (no {RUN_NAME}); start one without resume"
+        )
+    if _read_run(run)["finished"]:
+        raise ConfigError(
+            f"the training run in {run} is finished; start another in another output directory"
+        )
+
+
+class Trainer:
+    """One training run; `train` says what the arguments mean.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: tokens read in them.
+        seconds: time spent in them.
+    """
+
+    def __init__(
+        self,
+        model: LongMemModel,
+        tokenizer: PreTrainedTokenizerBase,
+        train_documents: Sequence[Document],
+        validation_documents: Sequence[Document],
+        options: TrainingOptions,
+        *,
+        output: Path | str,
+        resume: bool = False,
+        progress: bool | None = None,
+    ) -> None:
+        check_output(output, resume=resume)
+        self.model = model
+        self.options = options
+        self.output = Path(output)
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.segment_length = model.memory_config.segment_length
+        self.steps = options.total_steps(self.segment_length)
+        self._progress = progress
+        self._resume = resume
+
+        documents = tokenize_documents(train_documents, tokenizer)
+        validation = tokenize_documents(validation_documents, tokenizer)
+        self._batches = StreamBatches(
+            documents,
+            rows=options.batch_size,
+            segment_length=self.segment_length,
+            seed=options.seed,
+            repeat=True,
+        )
+        self._sample = validation_sample(
+            validation, tokens=options.eval_tokens, count=options.eval_documents
+        )
+        if validation and not self._sample:
+            raise DataError(
+                f"no validation document has two tokens or more, got {len(validation)} documents; "
+                f"give longer ones, or none at all"
+            )
+        self._accelerator = _make_accelerator(options, model.device)
+        self._parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        groups = model.parameter_groups(
+            learning_rate=options.learning_rate,
+            gate_learning_rate=options.gate_learning_rate,
+            weight_decay=options.weight_decay,
+        )
+        self._peaks = [group["lr"] for group in groups]
+        # The model is not prepared: that would replace its forward, and it stays on its device.
+        self._optimizer = self._accelerator.prepare(
+            torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.epsilon)
+        )
+        self._settings = self._describe_settings(documents, validation)
+
+    def run(self) -> TrainingResult:
+        """Train to the end, or until Ctrl-C."""
+        device = self.model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.options.seed)
+            self.model.memory.clear()
+            self.output.mkdir(parents=True, exist_ok=True)
+            if self._resume:
+                self._restore()
+            self._write_run(finished=False)
+            log = TrainingLog(self.output / LOG_NAME, last_step=self.step)
+            try:
+                self._run_steps(log)
+            finally:
+                log.close()
+                self.model.memory.clear()
+        return self._finish(log)
+
+    # ---------------------------------------------------------------- steps
+
+    def _run_steps(self, log: TrainingLog) -> None:
+        self.model.train()
+        with (
+            Interrupts() as interrupts,
+            TrainingProgress(steps=self.steps, done=self.step, show=self._progress) as progress,
+        ):
+            try:
+                self._evaluate_if_due(log, interrupts, progress)
+                while self.step < self.steps:
+                    entry = self._train_step()
+                    log.write(entry)
+                    progress.stepped(self.step, entry["loss"])
+                    self._evaluate_if_due(log, interrupts, progress)
+                    if self._is_due(self.options.save_every) and self.step < self.steps:
+                        progress.doing("saving")
+                        self._save()
+                    interrupts.check()
+            except KeyboardInterrupt:
+                # The check above or in an evaluation: between two steps, so all is whole. A second
+                # Ctrl-C may come amid a step, and then nothing may be saved.
+                if not interrupts.forced:
+                    progress.doing("saving")
+                    self._save()
+                raise
+        self.model.eval()
+
+    def _train_step(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        step = self.step + 1
+        factor = learning_rate_factor(step, steps=self.steps, warmup=self.options.warmup)
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        batches = [next(self._batches) for _ in range(self.options.gradient_accumulation)]
+        targets = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+        # Each stream's memory at its longest: what this step had to read.
+        memory_tokens = len(self.model.memory)
+        loss = 0.0
+        for batch in batches:
+            loss += self._accumulate_gradient(batch, targets, step)
+        norm = self._clip_gradient()
+        if not math.isfinite(norm):
+            raise self._diverged(step, "gradient norm", norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        seconds = time.perf_counter() - began
+        self.step, self.tokens, self.seconds = step, self.tokens + tokens, self.seconds + seconds
+        return {
+            "kind": "step",
+            "step": step,
+            "tokens": self.tokens,
+            "loss": loss,
+            "learning_rate": self.options.learning_rate * factor,
+            "gate_learning_rate": self.options.gate_learning_rate * factor,
+            "gradient_norm": norm,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory_tokens": memory_tokens,
+            "gate_mean": self._gate_mean(),
+        }
+
+    def _accumulate_gradient(self, batch: Batch, targets: int, step: int) -> float:
+        """Add one batch's part of the step's gradient; give its part of the step's loss."""
+        device = self.model.device
+        with self._accelerator.autocast():
+            logits = self.model(
+                batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                update_memory=True,
+            ).logits
+        # Over all target tokens of the step: the mean of the batches' means would give tokens of
+        # a batch with much padding more weight.
+        loss: Tensor = (
+            functional.cross_entropy(
+                logits.float().flatten(0, 1),
+                batch.targets.to(device).flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+            / targets
+        )
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(step, "loss", value)
+        self._accelerator.backward(loss)
+        # After the backward pass, which reads the memory once more. A memory that all rows share
+        # has no row to clear: it goes on over the ends of documents.
+        if not self.model.memory.shared:
+            self.model.memory.clear(batch.ends.nonzero().flatten().tolist())
+        return value
+
+    def _clip_gradient(self) -> float:
+        limit = self.options.max_gradient_norm
+        norm = self._accelerator.clip_grad_norm_(
+            list(self._parameters.values()), math.inf if limit is None else limit
+        )
+        return float(norm)
+
+    def _gate_mean(self) -> float:
+        gates = [torch.sigmoid(gate.detach()).flatten() for gate in self.model.side_network.gates]
+        return float(torch.cat(gates).mean())
+
+    def _diverged(self, step: int, what: str, value: float) -> TrainingError:
+        path, _ = checkpoints.newest_checkpoint(self.output)
+        kept = f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"
+        return TrainingError(
+            f"the {what} is {value} at step {step}; {kept}; train into another directory with "
+            f"lower learning rates than learning_rate={self.options.learning_rate} and "
+            f"gate_learning_rate={self.options.gate_learning_rate}"
+        )
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    # ---------------------------------------------------------------- evaluation
+
+    def _evaluate_if_due(
+        self, log: TrainingLog, interrupts: Interrupts, progress: TrainingProgress
+    ) -> None:
+        due = self.step in (0, self.steps) or self._is_due(self.options.eval_every)
+        if not due or not self._sample or log.evaluation(self.step) is not None:
+            return
+        progress.doing("evaluating")
+        began = time.perf_counter()
+        with self._accelerator.autocast():
+            found = measure_perplexities(self.model, self._sample, before_segment=interrupts.check)
+        if not all(math.isfinite(value) for value in (found.memory_on, found.memory_off)):
+            raise self._diverged(self.step, "validation perplexity", found.memory_on)
+        log.write(
+            {
+                "kind": "evaluation",
+                "step": self.step,
+                "tokens": self.tokens,
+                "perplexity_memory_on": found.memory_on,
+                "perplexity_memory_off": found.memory_off,
+                "perplexity_backbone": found.backbone,
+                "evaluated_tokens": found.tokens,
+                "seconds": time.perf_counter() - began,
+            }
+        )
+        progress.evaluated(found.memory_on, found.memory_off)
+        progress.doing("training")
+
+    # ---------------------------------------------------------------- saving, resuming
+
+    def _save(self) -> Path:
+        for name, parameter in self._parameters.items():
+            if not bool(parameter.isfinite().all()):
+                raise self._diverged(self.step, f"weight {name}", math.nan)
+        return checkpoints.write_checkpoint(
+            self.output,
+            step=self.step,
+            state={
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "data": self._batches.state_dict(),
+            },
+            write=self._write_state,
+            keep=self.options.keep_checkpoints,
+        )
+
+    def _write_state(self, directory: Path) -> None:
+        checkpoints.write_tensors(
+            directory / "side_network.safetensors",
+            {name: parameter.detach() for name, parameter in self._parameters.items()},
+        )
+        checkpoints.write_tensors(
+            directory / "optimizer.safetensors",
+            checkpoints.optimizer_tensors(self._optimizer, self._parameters),
+        )
+        checkpoints.write_tensors(directory / "random.safetensors", checkpoints.random_tensors())
+        self.model.memory.save(directory / "memory")
+
+    def _restore(self) -> None:
+        saved = _read_run(self.output)
+        checkpoints.check_same_settings(saved, self._settings)
+        path, problems = checkpoints.newest_checkpoint(self.output)
+        for problem in problems:
+            warnings.warn(f"{problem}; an older one is used", stacklevel=4)
+        if path is None:
+            return
+        state = checkpoints.read_state(path)
+        weights = checkpoints.read_tensors(path / "side_network.safetensors")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(weights[name])
+        checkpoints.restore_optimizer(
+            self._optimizer,
+            self._parameters,
+            checkpoints.read_tensors(path / "optimizer.safetensors"),
+        )
+        self.model.memory.load(path / "memory")
+        self._batches.load_state_dict(state["data"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        checkpoints.restore_random(checkpoints.read_tensors(path / "random.safetensors"))
+
+    def _describe_settings(
+        self, documents: Sequence[TokenDocument], validation: Sequence[TokenDocument]
+    ) -> dict[str, Any]:
+        settings = {
+            "options": self.options.to_dict(),
+            "memory": self.model.memory_config.to_dict(),
+            "backbone": {
+                "backbone_fingerprint": adapter_checkpoint.fingerprint(self.model.backbone),
+            },
+            "data": {
+                "train_documents": len(documents),
+                "train_tokens": sum(len(document.input_ids) for document in documents),
+                "train_text_sha256": _digest(document.input_ids for document in documents),
+                "validation_documents": len(validation),
+                "validation_tokens": sum(len(document.input_ids) for document in validation),
+                "validation_text_sha256": _digest(self._sample),
+            },
+        }
+        return dict(json.loads(json.dumps(settings)))
+
+    def _write_run(self, *, finished: bool, **results: Any) -> None:
+        content = {
+            "format_version": FORMAT_VERSION,
+            "finished": finished,
+            "backbone_name": self.model.backbone.name_or_path,
+            "versions": {
+                "python": platform.python_version(),
+                "memlayer-lm": version("memlayer-lm"),
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+                "accelerate": version("accelerate"),
+            },
+            **self._settings,
+            **results,
+        }
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(self.output / RUN_NAME, text.encode())
+
+    def _finish(self, log: TrainingLog) -> TrainingResult:
+        entry = log.evaluation(self.step)
+        perplexities = None
+        if entry is not None:
+            perplexities = Perplexities(
+                memory_on=entry["perplexity_memory_on"],
+                memory_off=entry["perplexity_memory_off"],
+                backbone=entry["perplexity_backbone"],
+                tokens=entry["evaluated_tokens"],
+            )
+        self.model.save_pretrained(self.output)
+        plot = None if plotting_problem() else plot_curves(self.output)
+        self._write_run(
+            finished=True,
+            results={
+                "steps": self.step,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "perplexities": None if perplexities is None else asdict(perplexities),
+            },
+        )
+        return TrainingResult(
+            output=self.output,
+            log=log.path,
+            plot=plot,
+            steps=self.step,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            perplexities=perplexities,
+        )
+
+
+def _make_accelerator(options: TrainingOptions, device: torch.device) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    precision = {"fp32": "no", "bf16": "bf16"}[options.dtype]
+    on_cpu = device.type == "cpu"
+    try:
+        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, device_placement=False)
+    except ValueError:
+        # One process has one accelerate state, and an earlier run in it had other settings.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, device_placement=False)
+    if accelerator.num_processes != 1:
+        raise ConfigError(
+            f"training runs in one process, got {accelerator.num_processes}; start it without "
+            f"accelerate launch"
+        )
+    return accelerator
+
+
+def _digest(sequences: Any) -> str:
+    digest = hashlib.sha256()
+    for input_ids in sequences:
+        digest.update(len(input_ids).to_bytes(8, "little"))
+        digest.update(input_ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_run(run: Path) -> Mapping[str, Any]:
+    path = run / RUN_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, _ = content["format_version"], content["finished"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} must describe a training run, got {error!r}; restore it from a copy, or train "
+            f"into another directory"
+        ) from error
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {found!r}, this memlayer reads {FORMAT_VERSION}; resume "
+            f"with the memlayer that wrote it"
+        )
+    return dict(content)

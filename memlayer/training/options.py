@@ -1,0 +1,177 @@
+"""How a model is trained: the one place where defaults, units and checks of it live.
+
+No torch here: the command line reads the defaults to print its help.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from memlayer.errors import ConfigError
+
+TrainingDtype = Literal["fp32", "bf16"]
+
+MAY_CHANGE_ON_RESUME = frozenset({"eval_every", "save_every", "keep_checkpoints"})
+"""Options that say when to look or save, and so leave every loss as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Length, optimiser and cadence of one training run.
+
+    AdamW's constants and the linear decay are the paper's (arXiv:2306.07174). Its scale is not
+    (256 sequences a step, 100,000 steps, learning rate 2e-4): the defaults here suit one machine,
+    and docs/training.md says where each comes from.
+
+    Raises:
+        ConfigError: if a field has a wrong value; the message names field, value and remedy.
+    """
+
+    steps: int | None = 500
+    """Optimiser steps. None where ``tokens`` says how long to train."""
+
+    tokens: int | None = None
+    """Tokens to train on, rounded up to whole steps. None where ``steps`` says it."""
+
+    batch_size: int = 1
+    """Streams read side by side, each with a memory of its own."""
+
+    gradient_accumulation: int = 1
+    """Segments that each stream reads per step. The loss is the mean over all of their tokens."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate of the side network's weights."""
+
+    gate_learning_rate: float = 2e-2
+    """Peak learning rate of the gates and layer scales: single numbers that start at 0."""
+
+    warmup: float = 0.05
+    """Part of the steps over which learning rates rise from 0 to their peak, 0 to 1. From there
+    they fall linearly, to reach 0 one step after the last."""
+
+    weight_decay: float = 0.01
+    """AdamW's, on weight matrices only: not on gates, layer scales, norms and biases."""
+
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+
+    beta2: float = 0.98
+    """AdamW's decay of the mean squared gradient."""
+
+    epsilon: float = 1e-6
+    """AdamW's."""
+
+    max_gradient_norm: float | None = 1.0
+    """Gradients are scaled down to this Euclidean norm over all parameters. None: never."""
+
+    dtype: TrainingDtype = "fp32"
+    """``"bf16"``: forward and backward under bfloat16 autocast. Weights stay float32."""
+
+    seed: int = 0
+    """Seed of the document order and of dropout."""
+
+    eval_every: int | None = 50
+    """Steps between evaluations on validation documents; the first step and the last one are
+    always evaluated. None: only these."""
+
+    eval_tokens: int = 8192
+    """Validation tokens scored at each evaluation, always the same ones."""
+
+    eval_documents: int = 4
+    """Validation documents, the longest ones, that ``eval_tokens`` is shared out to."""
+
+    save_every: int | None = 100
+    """Steps between checkpoints to resume from. None: one only when interrupted."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        self._check_length()
+        for name in ("batch_size", "gradient_accumulation", "eval_documents", "keep_checkpoints"):
+            _check_count(name, getattr(self, name), 1)
+        for name in ("eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), 1)
+        _check_count("eval_tokens", self.eval_tokens, 2)
+        _check_count("seed", self.seed, 0)
+        for name in ("learning_rate", "gate_learning_rate", "epsilon"):
+            _check_number(name, getattr(self, name))
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        _check_number("weight_decay", self.weight_decay)
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("warmup", "beta1", "beta2"):
+            _check_number(name, getattr(self, name))
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
+        if self.max_gradient_norm is not None:
+            _check_number("max_gradient_norm", self.max_gradient_norm)
+            if self.max_gradient_norm <= 0:
+                raise ConfigError(
+                    f"max_gradient_norm must be above 0, or None for no limit, got "
+                    f"{self.max_gradient_norm}"
+                )
+        if self.dtype not in get_args(TrainingDtype):
+            raise ConfigError(
+                f"dtype must be one of {', '.join(get_args(TrainingDtype))}, got {self.dtype!r}"
+            )
+
+    def _check_length(self) -> None:
+        if (self.steps is None) == (self.tokens is None):
+            raise ConfigError(
+                f"give either steps or tokens and None for the other, got steps={self.steps} "
+                f"and tokens={self.tokens}"
+            )
+        for name in ("steps", "tokens"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), 1)
+
+    def tokens_per_step(self, segment_length: int) -> int:
+        """Give the tokens that one optimiser step reads."""
+        return self.batch_size * self.gradient_accumulation * segment_length
+
+    def total_steps(self, segment_length: int) -> int:
+        """Give the number of optimiser steps."""
+        if self.tokens is not None:
+            return math.ceil(self.tokens / self.tokens_per_step(segment_length))
+        assert self.steps is not None
+        return self.steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingOptions:
+        """Make options from what `to_dict` gave.
+
+        Raises:
+            ConfigError: if a key is unknown.
+        """
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"the training options have unknown keys {', '.join(unknown)}; known: "
+                f"{', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+
+def _check_count(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be a whole number, got {value!r}")
+    if value < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}")

@@ -1,0 +1,101 @@
+"""Training from names: of a backbone, of corpora, of a directory. What ``memlayer train`` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memlayer.backbones import load_backbone
+from memlayer.data import load_documents
+from memlayer.errors import BackendUnavailableError, ConfigError
+from memlayer.model import wrap
+from memlayer.plugins import default_plugins
+from memlayer.training.loop import TrainingResult, check_output, train
+
+if TYPE_CHECKING:
+    from memlayer.config import LongMemConfig
+    from memlayer.plugins import Plugins
+    from memlayer.training.options import TrainingOptions
+
+
+def train_from_names(
+    backbone: str,
+    data: Sequence[str],
+    config: LongMemConfig,
+    options: TrainingOptions,
+    *,
+    output: Path | str,
+    validation_data: Sequence[str] = (),
+    device: str = "auto",
+    resume: bool = False,
+    progress: bool | None = None,
+    plugins: Plugins | None = None,
+) -> TrainingResult:
+    """Load a backbone and documents, wrap, train. What is cheap to check is checked first.
+
+    Args:
+        backbone: what `memlayer.load_backbone` takes.
+        data: what `memlayer.data.load_documents` takes.
+        config: of the wrapped model.
+        options: of the training.
+        output: the run's directory.
+        validation_data: sources whose documents are all validation documents, and those of
+            ``data`` all training documents. Empty: ``data`` is split by document.
+        device: ``"auto"`` is ``"cuda"`` where there is one, else ``"cpu"``.
+        resume: as for `train`.
+        progress: as for `train`.
+        plugins: where backends and adapters come from; what is installed if None.
+
+    Raises:
+        BackendUnavailableError: if the backend, or accelerate, cannot be used here.
+        MemlayerError: of the kind that fits whatever else is wrong; see `train`.
+    """
+    if find_spec("accelerate") is None:
+        raise BackendUnavailableError(
+            'training needs the package accelerate: pip install "memlayer-lm[train]"'
+        )
+    plugins = default_plugins() if plugins is None else plugins
+    reason = plugins.backends.unavailable_reason(config.backend)
+    if reason is not None:
+        raise BackendUnavailableError(reason)
+    check_output(output, resume=resume)
+    place = choose_device(device)
+    documents = load_documents(data, split="all" if validation_data else "train")
+    validation = (
+        load_documents(validation_data, split="all")
+        if validation_data
+        else load_documents(data, split="validation")
+    )
+    loaded = load_backbone(backbone, device=place)
+    return train(
+        wrap(loaded.model, config, plugins=plugins),
+        loaded.tokenizer,
+        documents,
+        validation,
+        options,
+        output=output,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def choose_device(name: str) -> str:
+    """Resolve ``"auto"`` and check that the device is there.
+
+    Raises:
+        ConfigError: if torch knows no such device, or this machine has none.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device must be one that torch can use here, such as auto or cpu, got {name!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return name
