@@ -50,7 +50,9 @@ def memory_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> Ten
             f"query and retrieved must agree in (B, H, T), got {tuple(query.shape[:3])} and "
             f"{tuple(retrieved.places.shape[:3])}"
         )
-    attended: Tensor = _MemoryAttention.apply(query.flatten(0, 2), retrieved, scaling)
+    attended: Tensor = _MemoryAttention.apply(  # type: ignore[no-untyped-call]
+        query.flatten(0, 2), retrieved, scaling
+    )
     return attended.view(query.shape)
 
 
@@ -63,9 +65,7 @@ class _MemoryAttention(torch.autograd.Function):
         places, found = retrieved.places.flatten(0, 2), retrieved.found.flatten(0, 2)
         chunk_size = retrieved.keys.shape[1]
         precision = torch.promote_types(query.dtype, torch.float32)
-        weights = query.new_empty(
-            (places.shape[0], places.shape[1] * chunk_size), dtype=precision
-        )
+        weights = query.new_empty((places.shape[0], places.shape[1] * chunk_size), dtype=precision)
         output = torch.empty_like(query)
         for block in _blocks(query, retrieved):
             keys = _gather(retrieved.keys, places[block], precision)
@@ -81,7 +81,7 @@ class _MemoryAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
         retrieved: Retrieved = ctx.retrieved

@@ -8,15 +8,17 @@ values as their projections give them: before any rotary embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
-from memlayer.decoders import DecoderParts, Projection
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from memlayer.decoders import DecoderParts, Projection
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,8 @@ def run_to_memory_layers(
         for projection in (parts.description.key, parts.description.value):
             module = attention.get_submodule(projection.module)
             hooks.enter_context(_on_output(module, stop_when_done))
-        try:
+        with suppress(_MemoryLayersDone):
             parts.decoder(**inputs)
-        except _MemoryLayersDone:
-            pass
     return states
 
 

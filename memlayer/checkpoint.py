@@ -1,8 +1,8 @@
 """A trained side network on disk or on the Hub: what is saved, and for which backbone.
 
-    adapter_config.json         settings, the backbone's name and fingerprint, the weights' checksum
-    adapter_model.safetensors   the side network's weights, nothing of the backbone
-    README.md                   a model card
+adapter_config.json         settings, the backbone's name and fingerprint, the weights' checksum
+adapter_model.safetensors   the side network's weights, nothing of the backbone
+README.md                   a model card
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def load_adapter(model: LongMemModel, directory: Path) -> None:
     weights = _read_weights(directory, config)
     own = _side_weights(model)
     wrong = sorted(
-        {name for name in own.keys() ^ weights.keys()}
+        set(own.keys() ^ weights.keys())
         | {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
     )
     if wrong:
@@ -99,7 +99,7 @@ def load(
     from memlayer.backbones import load_backbone
     from memlayer.model import wrap
 
-    place = _find(directory)
+    place = find_checkpoint(directory)
     saved = read_config(place)
     settings = _settings(saved, place).to_dict()
     if backend is not None:
@@ -156,17 +156,18 @@ def read_config(directory: Path) -> dict[str, Any]:
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    found = config.get("format_version") if isinstance(config, dict) else None
-    if found != FORMAT_VERSION:
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no settings")
+    if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {found!r}, this memlayer reads {FORMAT_VERSION}; it was "
-            f"written by memlayer {config.get('memlayer_version') if isinstance(config, dict) else '?'}"
+            f"{path} has format_version {config.get('format_version')!r}, this memlayer reads "
+            f"{FORMAT_VERSION}; it was written by memlayer {config.get('memlayer_version', '?')}"
         )
     expected = {"base_model_name_or_path": str, "base_model": dict, "memory": dict, "sha256": str}
     for name, kind in expected.items():
         if not isinstance(config.get(name), kind):
             raise CheckpointError(f"{path} is damaged: {name} is {config.get(name)!r}")
-    return dict(config)
+    return config
 
 
 def check_backbone(backbone: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> None:
@@ -244,7 +245,12 @@ def _sketch(backbone: PreTrainedModel) -> Tensor:
     return torch.stack([value.float().cpu() for value in values])
 
 
-def _find(directory: str | Path) -> Path:
+def find_checkpoint(directory: str | Path) -> Path:
+    """Give the directory of a checkpoint, downloaded from the Hub if it names one there.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
     if Path(directory).is_dir():
         return Path(directory)
     try:

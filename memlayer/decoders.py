@@ -118,6 +118,14 @@ class DecoderParts:
         """Give the attention module of a layer of this family."""
         return layer.get_submodule(self.description.attention)
 
+    def scaling(self, attention: nn.Module) -> float:
+        """Give the factor that an attention module puts on ``q . k`` before its softmax.
+
+        Transformers' attention modules carry it as ``scaling``; OPT's too, which applies it to the
+        queries already.
+        """
+        return float(getattr(attention, "scaling", self.head_dim**-0.5))
+
 
 def describe(backbone: PreTrainedModel, plugins: Plugins) -> DecoderDescription:
     """Find the decoder adapter that describes a backbone, by its ``config.model_type``.
@@ -158,7 +166,7 @@ def find_parts(backbone: PreTrainedModel, description: DecoderDescription) -> De
             f"got {type(layers).__name__}"
         )
     for layer in layers:
-        attention = _part(layer, description.attention)
+        attention = _module(layer, description.attention)
         for path in _attention_paths(description):
             _part(attention, path)
     heads = config.num_attention_heads

@@ -2,15 +2,15 @@
 
 MemlayerError
 ├── ConfigError             (also ValueError)   a setting, or two settings together, make no sense
-├── ShapeError              (also ValueError)   a tensor does not have the documented shape, dtype or device
+├── ShapeError              (also ValueError)   a tensor's shape, dtype or device is wrong
 ├── DataError               (also ValueError)   a file or a corpus cannot be used as text
 ├── UnknownNameError        (also ValueError)   no plug-in, corpus or backbone has that name
 ├── PluginError             (also ValueError)   a plug-in registered something impossible
 ├── UnsupportedModelError   (also ValueError)   no decoder adapter describes this model
-├── BackendUnavailableError (also ImportError)  a backend's package, or its hardware, is missing
-├── CheckpointError         (also ValueError)   a checkpoint is damaged, or made for another backbone
+├── BackendUnavailableError (also ImportError)  a backend's package or hardware is missing
+├── CheckpointError         (also ValueError)   a checkpoint is damaged, or for another backbone
 ├── MemoryFormatError       (also ValueError)   a saved bank is damaged, or made by another model
-└── TrainingError           (also RuntimeError) training cannot go on (a loss that is not a number)
+└── TrainingError           (also RuntimeError) training cannot go on: a loss that is not finite
 """
 
 

@@ -7,11 +7,14 @@ Side layers keep their keys and values behind the backbone's, at layer index ``L
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from memlayer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 def with_side_layers(cache: Cache, sources: Sequence[int], depth: int) -> None:

@@ -1,9 +1,9 @@
 """A decoder with a long-term memory: `wrap` a backbone, then use it as before.
 
-    encode    one pass of the frozen backbone                  -> BackboneStates
-    read      the side network over those states and a memory  -> logits
-    remember  the states' keys and values                      -> memory
-    forward = encode, read and, if asked, remember
+encode    one pass of the frozen backbone                  -> BackboneStates
+read      the side network over those states and a memory  -> logits
+remember  the states' keys and values                      -> memory
+forward = encode, read and, if asked, remember
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memlayer import checkpoint
 from memlayer.capture import BackboneStates, run_backbone, run_to_memory_layers
 from memlayer.config import LongMemConfig
-from memlayer.decoders import describe, find_parts
+from memlayer.decoders import DecoderParts, describe, find_parts
 from memlayer.errors import BackendUnavailableError, ConfigError, ShapeError
 from memlayer.kv_cache import with_side_layers
 from memlayer.memory import MemoryBank
@@ -48,6 +48,12 @@ class LongMemModel(nn.Module, GenerationMixin):
         memory: what was memorized, one row per batch row.
         memory_config: the settings, ``memory_layers`` filled in.
     """
+
+    backbone: PreTrainedModel
+    side_network: SideNetwork
+    memory: MemoryBank
+    memory_config: LongMemConfig
+    parts: DecoderParts
 
     main_input_name = "input_ids"
     _is_stateful = False
@@ -258,9 +264,7 @@ class LongMemModel(nn.Module, GenerationMixin):
             ShapeError: if the shapes do not fit, or not the rows that memory already holds.
         """
         if input_ids.dim() != 2:
-            raise ShapeError(
-                f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}"
-            )
+            raise ShapeError(f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ShapeError(
                 f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
@@ -275,7 +279,7 @@ class LongMemModel(nn.Module, GenerationMixin):
             self.remember(states)
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as Hugging Face's ``generate`` does, reading memory at every step.
 
         Memory is left as it is. With beams or several returned sequences, all of a prompt's
@@ -285,10 +289,11 @@ class LongMemModel(nn.Module, GenerationMixin):
             ShapeError: if the number of prompts is not that of the memory's rows.
         """
         if not self._adapter_on:
-            return self.backbone.generate(inputs, **kwargs)
+            plain: Any = self.backbone
+            return plain.generate(inputs, *args, **kwargs)
         prompts = inputs if inputs is not None else kwargs.get("input_ids")
         prompts = kwargs.get("inputs_embeds") if prompts is None else prompts
-        rows = 1 if prompts is None else prompts.shape[0]
+        rows = 1 if prompts is None else int(prompts.shape[0])
         memory = self.memory
         if self._memory_on and memory.is_readable and not memory.shared and rows != memory.rows:
             raise ShapeError(
@@ -297,7 +302,7 @@ class LongMemModel(nn.Module, GenerationMixin):
             )
         self._generating_rows = rows
         try:
-            return super().generate(inputs, **kwargs)
+            return super().generate(inputs, *args, **kwargs)
         finally:
             self._generating_rows = None
 
@@ -378,7 +383,11 @@ class LongMemModel(nn.Module, GenerationMixin):
                 "lr": learning_rate,
                 "weight_decay": weight_decay,
             },
-            {"params": [p for p in weights if p.dim() <= 1], "lr": learning_rate, "weight_decay": 0.0},
+            {
+                "params": [p for p in weights if p.dim() <= 1],
+                "lr": learning_rate,
+                "weight_decay": 0.0,
+            },
             {"params": gates, "lr": gate_learning_rate, "weight_decay": 0.0},
         ]
 
@@ -395,7 +404,9 @@ class LongMemModel(nn.Module, GenerationMixin):
         """Write the side network: adapter_config.json, adapter_model.safetensors, README.md."""
         checkpoint.save_adapter(self, Path(directory))
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None
+    ) -> str:
         """Upload what `save_pretrained` writes to the Hugging Face Hub.
 
         Returns:
@@ -429,7 +440,7 @@ class LongMemModel(nn.Module, GenerationMixin):
         if attention_mask is not None and not bool(attention_mask.all()):
             mask = attention_mask[:, -tokens:].bool()
             if position_ids is None:
-                # Hugging Face's decoders count from 0 whatever the padding (hf_notes: left padding).
+                # Most Hugging Face decoders count from 0 on whatever is padding.
                 counted = attention_mask.long().cumsum(dim=1) - 1
                 position_ids = counted.clamp(min=0)[:, -tokens:]
         inputs = {
@@ -441,11 +452,14 @@ class LongMemModel(nn.Module, GenerationMixin):
         }
         return {name: value for name, value in inputs.items() if value is not None}, mask
 
-    def _plain_backbone(self, update_memory: bool, **arguments: Any) -> Any:
+    def _plain_backbone(
+        self, update_memory: bool, **arguments: Any
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         if update_memory:
             raise ConfigError("update_memory=True needs the adapter; it is disabled here")
         given = {name: value for name, value in arguments.items() if value is not None}
-        return self.backbone(**given)
+        output: CausalLMOutputWithPast | tuple[Any, ...] = self.backbone(**given)
+        return output
 
     def _expansion(self, batch: int) -> int:
         if self._generating_rows is None:

@@ -132,8 +132,7 @@ class SideNetwork(nn.Module):
         def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query = queries.pop()
             retrieved = memory.bank.retrieve(query, layer=number, expand=memory.expand)
-            scaling: float = attention.scaling
-            recalled = memory_attention(self._rotate(query), retrieved, scaling)
+            recalled = memory_attention(self._rotate(query), retrieved, parts.scaling(attention))
             # (B, T, H * D) <-> (B, H, T, D)
             local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)
             fused = fuse(local, recalled.to(local.dtype), gate, retrieved.found.any(dim=-1))
@@ -155,7 +154,8 @@ class SideNetwork(nn.Module):
         position = torch.tensor([[self.memory_distance]], device=query.device)
         cos, sin = rotary(query, position)
         first, second = query.chunk(2, dim=-1)
-        return query * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+        turned = torch.cat([-second, first], dim=-1)
+        return torch.addcmul(query * cos.unsqueeze(1), turned, sin.unsqueeze(1))
 
 
 def _copy_layer(layer: nn.Module, layer_idx: int) -> nn.Module:
@@ -163,15 +163,13 @@ def _copy_layer(layer: nn.Module, layer_idx: int) -> nn.Module:
     copied = _copy_module(layer)
     for module in copied.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = layer_idx
+            setattr(module, "layer_idx", layer_idx)  # noqa: B010 - nn.Module types its own attributes
     return copied
 
 
 def _copy_module(module: nn.Module) -> nn.Module:
     # Configurations stay shared, so that a change of attention implementation reaches the copies.
-    shared = {
-        id(part.config): part.config for part in module.modules() if hasattr(part, "config")
-    }
+    shared = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
     copied = copy.deepcopy(module, shared)
     for part in copied.modules():
         part._forward_hooks.clear()

@@ -77,8 +77,8 @@ def test_a_fingerprint_tells_weights_apart_but_not_dtypes(make_backbone):
 
 
 def test_a_checkpoint_for_another_backbone_is_refused(saved, make_backbone):
-    model, directory, _ = saved
-    with pytest.raises(CheckpointError, match="was made for .* with .*=.* this backbone has"):
+    _model, directory, _ = saved
+    with pytest.raises(CheckpointError, match=r"was made for .* with .*=.* this backbone has"):
         memlayer.load(directory, backbone=make_backbone("qwen2"))
     other = memlayer.load_backbone(str(saved[2])).model
     for weight in other.parameters():
@@ -101,7 +101,9 @@ def test_damaged_weights_are_refused(saved, damage):
         save_file({"gates.0": torch.zeros(2)}, path)
     else:
         path.unlink()
-    with pytest.raises(CheckpointError, match="checksum: it was truncated|cannot be read: No such"):
+    with pytest.raises(
+        CheckpointError, match=r"checksum: it was truncated|cannot be read: No such"
+    ):
         memlayer.load(directory)
 
 
@@ -173,7 +175,7 @@ def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
 
 
 def test_the_card_names_the_backbone_and_the_settings(saved):
-    model, directory, place = saved
+    _model, directory, place = saved
     card = (directory / "README.md").read_text()
     assert card.startswith(f"---\nbase_model: {place}\n")
     assert "| memory size, tokens a row | 64 |" in card

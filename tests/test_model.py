@@ -403,7 +403,8 @@ def test_parameter_groups_hold_every_parameter_once(llama):
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
     assert (gates["lr"], gates["weight_decay"]) == (0.1, 0.0)
     assert {id(p) for p in gates["params"]} == {
-        id(model.side_network.gates[0]), id(model.side_network.scales)
+        id(model.side_network.gates[0]),
+        id(model.side_network.scales),
     }
 
 
@@ -431,7 +432,7 @@ def test_settings_that_do_not_fit_the_backbone_are_refused(llama):
         wrap(llama, memory_layers=(2, 3))
     with pytest.raises(ConfigError, match="at most the backbone's 4 layers, got 9"):
         wrap(llama, layer_reduction_factor=9)
-    with pytest.raises(UnknownNameError, match="unknown backend 'tirch'.*torch"):
+    with pytest.raises(UnknownNameError, match=r"unknown backend 'tirch'.*torch"):
         wrap(llama, backend="tirch")
     with pytest.raises(ConfigError, match="colour"):
         wrap(llama, backend_options={"colour": "red"})

@@ -101,8 +101,10 @@ class Llama:
         return w.rms_norm("norm", x)
 
     def head(self, w, x):
-        return x @ w["lm_head.weight"].T if "lm_head.weight" in w.named else (
-            x @ w["model.embed_tokens.weight"].T
+        return (
+            x @ w["lm_head.weight"].T
+            if "lm_head.weight" in w.named
+            else (x @ w["model.embed_tokens.weight"].T)
         )
 
     layers = "model.layers"
@@ -119,9 +121,7 @@ class Gpt2:
         return [heads_of(part) for part in joint.chunk(3, dim=-1)]
 
     def layer(self, w, x, memory=None, gate=None):
-        x = x + w.conv1d(
-            "attn.c_proj", attend(*self.query_key_value(w, x), False, memory, gate)
-        )
+        x = x + w.conv1d("attn.c_proj", attend(*self.query_key_value(w, x), False, memory, gate))
         inner = F.gelu(w.conv1d("mlp.c_fc", w.layer_norm("ln_2", x)), approximate="tanh")
         return x + w.conv1d("mlp.c_proj", inner)
 
@@ -193,9 +193,12 @@ class PlainMemory:
         self.keys, self.values = [], []
 
     def write(self, keys, values):
-        self.keys = [torch.cat(pair) for pair in zip(self.keys or [k[:0] for k in keys], keys)]
+        self.keys = [
+            torch.cat(pair) for pair in zip(self.keys or [k[:0] for k in keys], keys, strict=True)
+        ]
         self.values = [
-            torch.cat(pair) for pair in zip(self.values or [v[:0] for v in values], values)
+            torch.cat(pair)
+            for pair in zip(self.values or [v[:0] for v in values], values, strict=True)
         ]
 
     def best(self, query, head):

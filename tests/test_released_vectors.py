@@ -102,9 +102,7 @@ def test_the_bank_stores_and_finds_what_the_released_code_does(case, backend):
     close(chunk_keys_of(bank, case), case["out.chunk_key"])
     stored = bank._ring.keys[0, 0, :, : case["out.bank_k"].shape[1]]
     assert torch.equal(stored, case["out.bank_k"])
-    assert torch.equal(
-        bank._ring.values[0, 0, :, : stored.shape[1]], case["out.bank_v"]
-    )
+    assert torch.equal(bank._ring.values[0, 0, :, : stored.shape[1]], case["out.bank_v"])
 
 
 def test_the_fused_attention_is_that_of_the_released_code(case):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from memlayer import hookimpl
 
 if TYPE_CHECKING:
-    from memlayer.plugins import Register
+    from memlayer.hookspecs import Register
 
 
 @hookimpl
@@ -16,6 +16,8 @@ def register_adapters(register: Register) -> None:
     register("gpt2", "memlayer_adapters.gpt2:GPT2", model_types=("gpt2",))
     register("opt", "memlayer_adapters.opt:OPT", model_types=("opt",))
     register(
-        "llama", "memlayer_adapters.llama:LLAMA", model_types=("llama", "mistral", "qwen2", "smollm3")
+        "llama",
+        "memlayer_adapters.llama:LLAMA",
+        model_types=("llama", "mistral", "qwen2", "smollm3"),
     )
     register("qwen3", "memlayer_adapters.qwen3:QWEN3", model_types=("qwen3",))

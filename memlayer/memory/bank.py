@@ -115,6 +115,8 @@ class MemoryBank:
         self.shared = shared
         self.identity = identity
         self._make_index = make_index
+        self._tail_keys: Tensor
+        self._tail_values: Tensor
         self._slack_chunks = -(-slack // chunk_size) + 1
         self._forget_everything()
 
@@ -430,8 +432,8 @@ class MemoryBank:
         batch, heads, _, head_dim = queries.shape
         if batch != self.rows * expand:
             raise ShapeError(
-                f"the memory holds {self.rows} rows, got a batch of {batch}; use the batch that was "
-                "memorized, or call memory.clear() first"
+                f"the memory holds {self.rows} rows, got a batch of {batch}; use the batch that "
+                "was memorized, or call memory.clear() first"
             )
         if heads % self.num_key_value_heads or head_dim != self.head_dim:
             raise ShapeError(
@@ -441,7 +443,7 @@ class MemoryBank:
 
 
 def _join_rows(tensors: Tensor) -> Tensor:
-    """Put all rows' tokens one after the other: ``(layers, B, H, T, D) -> (layers, 1, H, BT, D)``."""
+    """Join all rows' tokens: ``(layers, B, H, T, D) -> (layers, 1, H, B * T, D)``."""
     return tensors.transpose(1, 2).flatten(2, 3).unsqueeze(1)
 
 

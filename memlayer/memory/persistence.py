@@ -122,9 +122,7 @@ def _restore(bank: MemoryBank, rows: int, tensors: dict[str, Tensor], directory:
         bank._allocate(rows)
         ring = bank._held_ring()
         held, written = tensors["held"], tensors["written"]
-        ring.append(
-            tensors["keys"].to(bank.device), tensors["values"].to(bank.device), held
-        )
+        ring.append(tensors["keys"].to(bank.device), tensors["values"].to(bank.device), held)
         # Numbers go on from where they were: chunk `written - held` lies in slot 0.
         ring.base, ring.written = held - written, written.clone()
         bank._tail_keys = tensors["tail_keys"].to(bank.device)

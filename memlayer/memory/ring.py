@@ -62,9 +62,7 @@ class ChunkRing:
             counts: ``(rows,)``, int64, CPU. Only the first ``counts[b]`` of ``n`` are written.
         """
         self._make_room(int((self.base + self.written + counts).max()))
-        row, chunk = torch.nonzero(
-            torch.arange(keys.shape[3]) < counts.unsqueeze(1), as_tuple=True
-        )
+        row, chunk = torch.nonzero(torch.arange(keys.shape[3]) < counts.unsqueeze(1), as_tuple=True)
         slot = (self.base[row] + self.written[row] + chunk) % self.slots
         row, chunk, slot = (index.to(self.keys.device) for index in (row, chunk, slot))
         # Index arrays apart from each other put their axis first on both sides alike.

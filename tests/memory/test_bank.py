@@ -98,11 +98,10 @@ def assert_same_answers(bank, plain, queries):
 
 @pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize("chunk_size", [1, 3, 4])
-def test_retrieve_agrees_with_a_plain_bank_through_writes_evictions_and_clears(
-    chunk_size, backend
-):
-    bank = make_bank(backend=backend, capacity=12 * chunk_size, chunk_size=chunk_size,
-                     top_k=3 * chunk_size)
+def test_retrieve_agrees_with_a_plain_bank_through_writes_evictions_and_clears(chunk_size, backend):
+    bank = make_bank(
+        backend=backend, capacity=12 * chunk_size, chunk_size=chunk_size, top_k=3 * chunk_size
+    )
     plain = PlainBank(3, bank.capacity, chunk_size)
     for step, tokens in enumerate([1, 7, 16, 5, 40, 2, 33, 9]):
         keys, values = draw(3, tokens, 10 * step), draw(3, tokens, 10 * step + 1)
@@ -214,8 +213,10 @@ def test_a_shared_bank_holds_the_tokens_of_all_rows():
     shared = make_bank(shared=True, top_k=24)
     shared.write(keys, values)
     joined = make_bank(top_k=24)
-    joined.write(keys.transpose(0, 1).reshape(1, HEADS, 24, DIM), values.transpose(0, 1).reshape(
-        1, HEADS, 24, DIM))
+    joined.write(
+        keys.transpose(0, 1).reshape(1, HEADS, 24, DIM),
+        values.transpose(0, 1).reshape(1, HEADS, 24, DIM),
+    )
     queries = draw(3, 2, 2)
     got = shared.retrieve(queries).gather()[1]
     assert shared.rows == 1
@@ -230,9 +231,7 @@ def test_expanded_rows_read_the_memory_of_their_own_row():
     wide = bank.retrieve(queries.repeat_interleave(3, dim=0), expand=3)
     narrow = bank.retrieve(queries)
     assert torch.equal(wide.ids, narrow.ids.repeat_interleave(3, dim=0))
-    assert torch.equal(
-        wide.gather()[0], narrow.gather()[0].repeat_interleave(3, dim=0)
-    )
+    assert torch.equal(wide.gather()[0], narrow.gather()[0].repeat_interleave(3, dim=0))
 
 
 def test_clearing_everything_allows_another_number_of_rows():
@@ -301,8 +300,9 @@ def test_a_bank_of_other_settings_is_refused(tmp_path, settings, message):
         make_bank(**({"identity": "a model"} | settings)).load(tmp_path / "bank")
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "no manifest", "bad json",
-                                    "future", "no index"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "flipped", "no manifest", "bad json", "future", "no index"]
+)
 def test_a_damaged_bank_is_refused_and_nothing_is_lost(tmp_path, damage):
     place = tmp_path / "bank"
     bank = make_bank()
@@ -359,7 +359,9 @@ def test_wrong_shapes_are_refused(keys, values, mask, message):
     bank = make_bank()
     bank.write(draw(2, 8, 0), draw(2, 8, 1))
     with pytest.raises(ShapeError, match=message):
-        bank.write(torch.zeros(keys), torch.zeros(values), None if mask is None else torch.ones(mask))
+        bank.write(
+            torch.zeros(keys), torch.zeros(values), None if mask is None else torch.ones(mask)
+        )
 
 
 def test_other_wrong_input_is_refused():
