@@ -1,0 +1,301 @@
+"""``memlayer eval``: what a model can do with its memory and without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from memlayer.evaluation.options import PerplexityOptions
+from memlayer_cli.json_output import STANDARD_OUTPUT, JsonOption, write_json
+from memlayer_cli.train import DEFAULT_DATA
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from memlayer.evaluation import Interval, PerplexityResult, WindowReport
+
+OPTIONS = PerplexityOptions()
+
+evaluate = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint or a backbone.")
+
+_MODEL_PANEL = "Model"
+_DATA_PANEL = "Data"
+_WINDOW_PANEL = "Windows and memory"
+
+
+@evaluate.command()
+def perplexity(
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Trained side network: a directory or a Hub id.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|DIR|FILE.gguf",
+            help="Backbone to evaluate alone, instead of --checkpoint.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="How memory is searched, instead of the checkpoint's; see 'memlayer plugins'.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the backbone: fp32 or bf16.", rich_help_panel=_MODEL_PANEL)
+    ] = "fp32",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL_PANEL)
+    ] = "auto",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC",
+            help="Text: FILE, DIR, hf:NAME, python-docs or python-stdlib; may be repeated. "
+            f"Default: {DEFAULT_DATA}.",
+            rich_help_panel=_DATA_PANEL,
+        ),
+    ] = None,
+    split: Annotated[
+        Literal["train", "validation", "test", "all"],
+        typer.Option(
+            help="Documents of --data to evaluate on; all where --data is a split already.",
+            rich_help_panel=_DATA_PANEL,
+        ),
+    ] = "validation",
+    max_documents: Annotated[
+        int | None,
+        typer.Option(min=1, help="Evaluate the first N only.", rich_help_panel=_DATA_PANEL),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Evaluate the first N of each document only.", rich_help_panel=_DATA_PANEL
+        ),
+    ] = None,
+    memory_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens that memory holds; may be repeated. Default: the checkpoint's.",
+            rich_help_panel=_WINDOW_PANEL,
+        ),
+    ] = None,
+    no_memory: Annotated[
+        bool,
+        typer.Option("--no-memory", help="Leave memory out.", rich_help_panel=_WINDOW_PANEL),
+    ] = False,
+    segment_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a window. Default: the checkpoint's.", rich_help_panel=_WINDOW_PANEL
+        ),
+    ] = OPTIONS.segment_length,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens from one window to the next; fewer than --segment-length make windows "
+            "overlap. Default: as many, fresh segments.",
+            rich_help_panel=_WINDOW_PANEL,
+        ),
+    ] = OPTIONS.stride,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            help="With overlapping windows, report fresh segments too.",
+            rich_help_panel=_WINDOW_PANEL,
+        ),
+    ] = OPTIONS.fresh,
+    dense_context: Annotated[
+        int | None,
+        typer.Option(
+            help="Score the bare backbone with N tokens of context too, as the bound.",
+            rich_help_panel=_WINDOW_PANEL,
+        ),
+    ] = OPTIONS.dense_context,
+    dense_stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens from one dense window to the next; more is faster. Default: "
+            "--segment-length.",
+            rich_help_panel=_WINDOW_PANEL,
+        ),
+    ] = OPTIONS.dense_stride,
+    json: JsonOption = None,
+) -> None:
+    """Measure perplexity with memory, without it, and of the backbone alone.
+
+    All conditions score the same tokens: every document but its first token. Fresh segments flatter
+    any memory, since their first tokens have little local context; --stride gives every token more.
+
+    Examples:
+        memlayer eval perplexity --checkpoint run --data books/ --stride 256 --max-tokens 12000
+
+        memlayer eval perplexity --checkpoint run --memory-size 1024 --memory-size 65536 --json -
+
+        memlayer eval perplexity --backbone smollm2-135m --segment-length 512 --dense-context 4096
+    """
+    if (checkpoint is None) == (backbone is None):
+        raise typer.BadParameter("give either --checkpoint or --backbone")
+    if no_memory and memory_size:
+        raise typer.BadParameter("--no-memory and --memory-size exclude each other")
+    options = PerplexityOptions(
+        segment_length=segment_length,
+        stride=stride,
+        fresh=fresh,
+        memory_sizes=() if no_memory else memory_size,
+        dense_context=dense_context,
+        dense_stride=dense_stride,
+    )
+    from memlayer.evaluation import evaluate_perplexity_from_names
+
+    with _progress_bar() as progress:
+        result = evaluate_perplexity_from_names(
+            data or [DEFAULT_DATA],
+            options,
+            checkpoint=checkpoint,
+            backbone=backbone,
+            split=split,
+            max_documents=max_documents,
+            max_tokens=max_tokens,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+    if json is not None:
+        write_json(result.to_dict(), json)
+    if json != STANDARD_OUTPUT:
+        _show(result)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(
+            task, description="scoring", completed=done, total=total
+        )
+
+
+def _show(result: PerplexityResult) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    length = result.settings["segment_length"]
+    reports = [(result.overall, result.overall.stride)]
+    if result.fresh is not None:
+        reports.append((result.fresh, result.fresh.stride))
+    for report, stride in reports:
+        kind = "fresh segments" if stride == length else f"windows every {stride} tokens"
+        console.print(_conditions(report, f"{kind} of {length}, {result.tokens:,} tokens scored"))
+        if len(report.conditions) > 1:
+            console.print(_intervals(report, result.headline))
+    console.print(_by_position(result.overall))
+    for note in result.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+
+
+def _conditions(report: WindowReport, title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("condition")
+    for name in ("perplexity", "bits per byte", "against backbone", "gap recovered"):
+        table.add_column(name, justify="right")
+    backbone = report.conditions["backbone"]
+    for name, score in report.conditions.items():
+        table.add_row(
+            name,
+            f"{score.perplexity:.3f}",
+            f"{score.bits_per_byte:.4f}",
+            "" if name == "backbone" else _change(score.loss - backbone.loss),
+            "" if score.recovery is None else f"{100 * score.recovery:.1f} %",
+        )
+    return table
+
+
+def _intervals(report: WindowReport, headline: str) -> Table:
+    from rich.table import Table
+
+    table = Table("change of perplexity", "95 % interval over", title="is it chance?")
+    for name in ("change", "from", "to"):
+        table.add_column(name, justify="right")
+    # A side network without memory, or a backbone with dense context, has the backbone to beat.
+    chosen = [item for item in report.intervals if item.condition == headline]
+    for interval in chosen or report.intervals:
+        ends = (
+            ("too few", "")
+            if interval.low is None or interval.high is None
+            else (
+                _change(interval.low),
+                _change(interval.high),
+            )
+        )
+        table.add_row(
+            f"{interval.condition} against {interval.against}",
+            _basis(interval),
+            _change(interval.difference),
+            *ends,
+        )
+    return table
+
+
+def _basis(interval: Interval) -> str:
+    return {
+        "documents": f"{interval.units} documents, bootstrap",
+        "documents-t": f"{interval.units} documents, Student's t",
+        "blocks": f"{interval.units} blocks of them, bootstrap",
+    }[interval.method]
+
+
+def _by_position(report: WindowReport) -> Table:
+    from rich.table import Table
+
+    table = Table(title="perplexity by the tokens of local context")
+    table.add_column("context", justify="right")
+    table.add_column("tokens", justify="right")
+    for name in report.conditions:
+        table.add_column(name, justify="right")
+    for item in report.by_position:
+        values = [item.perplexity[name] for name in report.conditions]
+        table.add_row(
+            f"{item.start}-{item.end - 1}",
+            f"{item.tokens:,}",
+            *("" if value is None else f"{value:.2f}" for value in values),
+        )
+    return table
+
+
+def _change(difference: float) -> str:
+    """Give a difference of mean losses as the change of perplexity."""
+    return f"{100 * math.expm1(difference):+.2f} %"

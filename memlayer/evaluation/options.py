@@ -1,0 +1,132 @@
+"""What a perplexity evaluation measures: the one place where its defaults and units live.
+
+No torch here: the command line reads the defaults to print its help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from memlayer.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityOptions:
+    """Windows, memory sizes, the bound and the statistics of one evaluation.
+
+    None of these changes which tokens are scored.
+
+    Raises:
+        ConfigError: if a field has a wrong value; the message names field, value and remedy.
+    """
+
+    segment_length: int | None = None
+    """Tokens of one window. None: the checkpoint's ``segment_length``, or the default of
+    `memlayer.LongMemConfig` for a backbone alone."""
+
+    stride: int | None = None
+    """Tokens between the starts of two windows, at most ``segment_length``. None: as many, which
+    gives fresh segments. Fewer: windows overlap, and a token has at least ``segment_length -
+    stride`` tokens of local context."""
+
+    fresh: bool = True
+    """Score in fresh segments too where ``stride`` makes windows overlap."""
+
+    memory_sizes: Sequence[int] | None = None
+    """Tokens that memory holds, each size a condition. None: the checkpoint's ``memory_size``.
+    Empty: no memory."""
+
+    dense_context: int | None = None
+    """Tokens of context for the bare backbone, the bound to aim at. None: not measured."""
+
+    dense_stride: int | None = None
+    """Tokens between the starts of two dense windows. None: ``segment_length``, so that a token has
+    at least ``dense_context - segment_length`` tokens of context. More is faster and a lower
+    bound."""
+
+    resamples: int = 10_000
+    """Of each bootstrap."""
+
+    seed: int = 0
+    """Of the bootstraps."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("fresh", "memory_sizes") or value is None:
+                continue
+            _check_count(item.name, value, 0 if item.name == "seed" else 1)
+        if self.memory_sizes is not None:
+            for size in self.memory_sizes:
+                _check_count("memory_sizes", size, 1)
+            object.__setattr__(self, "memory_sizes", tuple(sorted(set(self.memory_sizes))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowing:
+    """The sizes of windows, resolved and checked against each other.
+
+    Attributes:
+        segment_length: T.
+        stride: S, 1 to T.
+        dense_context: tokens of a dense window, at least T, or None.
+        dense_stride: 1 to ``dense_context``.
+    """
+
+    segment_length: int
+    stride: int
+    dense_context: int | None
+    dense_stride: int
+
+    @classmethod
+    def resolve(
+        cls, options: PerplexityOptions, *, segment_length: int, max_positions: int | None
+    ) -> Windowing:
+        """Fill in the defaults and check what fits together and fits the backbone.
+
+        Args:
+            options: what was asked for.
+            segment_length: where the options leave it open.
+            max_positions: tokens that a learned position table holds, or None.
+
+        Raises:
+            ConfigError: if sizes do not fit; the message names them.
+        """
+        length = options.segment_length or segment_length
+        stride = options.stride or length
+        dense = options.dense_context
+        dense_stride = options.dense_stride or length
+        if stride > length:
+            raise ConfigError(
+                f"stride must be at most segment_length={length}, got {stride}; a larger one "
+                "would leave tokens out"
+            )
+        if options.dense_stride is not None and dense is None:
+            raise ConfigError(
+                f"dense_stride needs a dense_context, got dense_stride={dense_stride} alone"
+            )
+        if dense is not None and dense < length:
+            raise ConfigError(
+                f"dense_context must be at least segment_length={length}, got {dense}"
+            )
+        if dense is not None and dense_stride > dense:
+            raise ConfigError(
+                f"dense_stride must be at most dense_context={dense}, got {dense_stride}"
+            )
+        for name, value in (("segment_length", length), ("dense_context", dense)):
+            if max_positions is not None and value is not None and value > max_positions:
+                raise ConfigError(
+                    f"{name} must be at most {max_positions}, the learned positions of this "
+                    f"backbone, got {value}"
+                )
+        return cls(
+            segment_length=length, stride=stride, dense_context=dense, dense_stride=dense_stride
+        )
+
+
+def _check_count(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be a whole number, got {value!r}")
+    if value < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, got {value}")

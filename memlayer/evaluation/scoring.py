@@ -1,0 +1,170 @@
+"""The loss of every scored token of a document, under every condition.
+
+    window ─► encode, once ─┬─► backbone's logits ───────────────► losses
+                            ├─► side network, no memory ─────────► losses
+                            ├─► side network, memory of M tokens ► losses, for each M
+                            └─► keys, values of newly read tokens ─► wait until they left the window
+                                                                     └─► every memory
+
+A memory holds, when window i is read, the tokens before the window's first one and no others: not
+those that overlapping windows share. A token's keys and values are those of the window that scored
+it, in which it has the most context. With fresh segments that is the paper's order: retrieve, then
+append the segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memlayer.evaluation.windows import Window, windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from memlayer.memory import MemoryBank
+    from memlayer.model import LongMemModel
+
+Advance = Callable[[int], None]
+
+# Rows of float32 logits at a time: 256 x 152k vocabulary are 150 MiB.
+_ROWS_AT_ONCE = 256
+
+
+def backbone_losses(
+    backbone: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    segment_length: int,
+    stride: int,
+    advance: Advance,
+) -> Tensor:
+    """Score a document with a bare Hugging Face model.
+
+    Args:
+        backbone: causal-LM model.
+        input_ids: ``(n,)``, int64, n at least 2.
+        segment_length: tokens of a window.
+        stride: tokens between the starts of two windows.
+        advance: called with the tokens that each window has read.
+
+    Returns:
+        ``(n - 1,)``, float32, on the CPU. Losses of tokens 1 to n - 1, nats.
+    """
+    losses = torch.empty(len(input_ids) - 1)
+    for window in windows(len(losses), segment_length, stride):
+        inputs = input_ids[window.start : window.end].unsqueeze(0).to(backbone.device)
+        kept = window.end - window.score_from
+        logits = backbone(input_ids=inputs, use_cache=False, logits_to_keep=kept).logits
+        losses[window.score_from : window.end] = _token_losses(logits, input_ids, window)
+        advance(window.end - window.start)
+    return losses
+
+
+def model_losses(
+    model: LongMemModel,
+    input_ids: Tensor,
+    *,
+    memories: Mapping[str, MemoryBank],
+    segment_length: int,
+    stride: int,
+    advance: Advance,
+) -> tuple[dict[str, Tensor], int]:
+    """Score a document under every condition, with one backbone pass a window.
+
+    Args:
+        model: wrapped backbone; its own memory is neither read nor written.
+        input_ids: ``(n,)``, int64, n at least 2.
+        memories: empty banks by the condition's name. They hold the document afterwards.
+        segment_length: tokens of a window.
+        stride: tokens between the starts of two windows.
+        advance: called with the tokens that each window has read.
+
+    Returns:
+        Losses ``(n - 1,)``, float32, on the CPU, by condition: ``backbone``, ``no_memory`` and the
+        names of ``memories``. And the most tokens that a memory held when it was read.
+    """
+    positions = len(input_ids) - 1
+    losses = {name: torch.empty(positions) for name in ("backbone", "no_memory", *memories)}
+    pending = PendingMemory(list(memories.values()))
+    held = 0
+    for window in windows(positions, segment_length, stride):
+        pending.write_before(window.start)
+        held = max([held, *(len(memory) for memory in memories.values())])
+        inputs = input_ids[window.start : window.end].unsqueeze(0).to(model.device)
+        states = model.encode(inputs)
+        kept = window.end - window.score_from
+        scored = slice(window.score_from, window.end)
+        logits = model.backbone_logits(states, logits_to_keep=kept)
+        losses["backbone"][scored] = _token_losses(logits, input_ids, window)
+        logits = model.read(states, None, logits_to_keep=kept)
+        losses["no_memory"][scored] = _token_losses(logits, input_ids, window)
+        for name, memory in memories.items():
+            logits = model.read(states, memory, logits_to_keep=kept)
+            losses[name][scored] = _token_losses(logits, input_ids, window)
+        pending.push(_last(states.keys, kept), _last(states.values, kept))
+        advance(window.end - window.start)
+    return losses, held
+
+
+class PendingMemory:
+    """Keys and values of tokens that wait until their token has left the window.
+
+    Args:
+        memories: that receive them, all alike.
+    """
+
+    def __init__(self, memories: Sequence[MemoryBank]) -> None:
+        self._memories = memories
+        self._written = 0
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def push(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Append the next tokens.
+
+        Args:
+            keys: ``(1, H_kv, n, D)``, one tensor a memory layer.
+            values: likewise.
+        """
+        self._keys = _joined(self._keys, keys)
+        self._values = _joined(self._values, values)
+
+    def write_before(self, position: int) -> None:
+        """Write the tokens before a position that no memory has yet, and forget them here."""
+        count = position - self._written
+        if count == 0:
+            return
+        keys = tuple(key[:, :, :count] for key in self._keys)
+        values = tuple(value[:, :, :count] for value in self._values)
+        for memory in self._memories:
+            memory.write(keys, values)
+        self._keys = [key[:, :, count:] for key in self._keys]
+        self._values = [value[:, :, count:] for value in self._values]
+        self._written = position
+
+
+def _joined(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
+    if not before:
+        return list(after)
+    return [torch.cat(pair, dim=2) for pair in zip(before, after, strict=True)]
+
+
+def _last(parts: Sequence[Tensor], count: int) -> list[Tensor]:
+    return [part[:, :, part.shape[2] - count :] for part in parts]
+
+
+def _token_losses(logits: Tensor, input_ids: Tensor, window: Window) -> Tensor:
+    """Give the losses of a window's scored tokens from logits ``(1, scored, V)``, in float32."""
+    targets = input_ids[window.score_from + 1 : window.end + 1].to(logits.device)
+    parts = [
+        functional.cross_entropy(rows.float(), wanted, reduction="none")
+        for rows, wanted in zip(
+            torch.split(logits[0], _ROWS_AT_ONCE), torch.split(targets, _ROWS_AT_ONCE), strict=True
+        )
+    ]
+    return torch.cat(parts).cpu()
