@@ -146,12 +146,12 @@ class StreamBatches(Iterator[Batch]):
         Raises:
             DataError: if the state belongs to other documents or settings.
         """
-        expected = self._settings()
-        for name, value in state["settings"].items():
-            if value != expected[name]:
+        for name, value in self._settings().items():
+            saved = state["settings"].get(name)
+            if saved != value:
                 raise DataError(
-                    f"the saved stream has {name}={value}, this one has {expected[name]}; resume "
-                    "with the documents and settings that the stream was started with"
+                    f"the saved stream has {name}={saved}, this one has {value}; resume with the "
+                    "documents and settings that the stream was started with"
                 )
         self._epoch = int(state["epoch"])
         self._order = self._epoch_order()

@@ -6,9 +6,7 @@ segment, and a BOS in front of each would tell the model otherwise.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,11 +52,10 @@ def tokenize_documents(
         progress: called with documents done and documents in all, after each of them.
     """
     tokenized = []
-    with _no_length_warning():
-        for done, document in enumerate(documents, start=1):
-            tokenized.append(_tokenize(document, tokenizer))
-            if progress is not None:
-                progress(done, len(documents))
+    for done, document in enumerate(documents, start=1):
+        tokenized.append(_tokenize(document, tokenizer))
+        if progress is not None:
+            progress(done, len(documents))
     return tokenized
 
 
@@ -68,25 +65,11 @@ def count_tokens(documents: Sequence[TokenDocument]) -> int:
 
 
 def _tokenize(document: Document, tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
-    ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
+    # verbose=False: no warning that the document exceeds the model's window, as it is meant to.
+    ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
     return TokenDocument(
         id=document.id,
         input_ids=torch.tensor(ids, dtype=torch.int64),
         n_bytes=len(document.text.encode("utf-8")),
         n_words=len(document.text.split()),
     )
-
-
-@contextmanager
-def _no_length_warning() -> Iterator[None]:
-    """Keep transformers from warning that a document exceeds the model's window: it is meant to."""
-    source = logging.getLogger("transformers.tokenization_utils_base")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "sequence length is longer than" not in record.getMessage()
-
-    source.addFilter(is_other)
-    try:
-        yield
-    finally:
-        source.removeFilter(is_other)
