@@ -12,7 +12,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from memlayer_backends._buffered import BufferedBackend
+from memlayer_backends.buffered import BufferedBackend
 
 
 class FaissFlatBackend(BufferedBackend):
@@ -31,7 +31,8 @@ class FaissFlatBackend(BufferedBackend):
             Scores, falling, and positions in ``keys``, ``(q, k)``; -1 where faiss found nothing.
         """
 
-    def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Search one lane after the other."""
         shape = (self.lanes, queries.shape[1], k)
         scores = queries.new_full(shape, -torch.inf)
         slots = torch.zeros(shape, dtype=torch.int64, device=queries.device)
@@ -39,16 +40,16 @@ class FaissFlatBackend(BufferedBackend):
             best, where = self._search_lane(lane, queries[lane], k)
             scores[lane, :, : best.shape[1]] = best
             slots[lane, :, : best.shape[1]] = where
-        return scores, self._buffer.occupancy().ids(slots)
+        return scores, self.buffer.occupancy().ids(slots)
 
     def _search_lane(self, lane: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        keys = self._buffer.keys[lane]
+        keys = self.buffer.keys[lane]
         scores, slots = [queries.new_empty(len(queries), 0)], []
-        for start, stop in self._buffer.pieces(lane):
+        for start, stop in self.buffer.pieces(lane):
             best, where = self._nearest(queries, keys[start:stop], min(k, stop - start))
             scores.append(best.masked_fill(where < 0, -torch.inf))
             slots.append(where + start)
         if len(slots) < 2:
             return scores[-1], slots[-1] if slots else scores[-1].long()
-        best, where = torch.cat(scores, 1).topk(min(k, int(self._buffer.counts[lane])))
+        best, where = torch.cat(scores, 1).topk(min(k, int(self.buffer.counts[lane])))
         return best, torch.cat(slots, 1).gather(1, where)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memlayer.errors import ConfigError
-from memlayer_backends._checks import check_whole_number, read_options
+from memlayer_backends._checks import check_whole_number
 from memlayer_backends._faiss_flat import FaissFlatBackend
 
 MAX_K = 2048
@@ -48,12 +47,14 @@ class FaissGpuBackend(FaissFlatBackend):
     """
 
     name = "faiss-gpu"
+    options_type = FaissGpuOptions
+
+    options: FaissGpuOptions
 
     def __init__(
         self, *, lanes: int, dim: int, device: torch.device | str = "cuda", **options: Any
     ) -> None:
-        self.options = read_options(FaissGpuOptions, self.name, options)
-        super().__init__(lanes=lanes, dim=dim, device=device)
+        super().__init__(lanes=lanes, dim=dim, device=device, **options)
         if self.device.type != "cuda":
             raise ConfigError(
                 f"backend 'faiss-gpu' needs a CUDA device, got device={str(device)!r}; move the "
@@ -79,9 +80,6 @@ class FaissGpuBackend(FaissFlatBackend):
                 "runtime fits the driver, or use backend 'torch'"
             )
         return None
-
-    def _options_to_save(self) -> Mapping[str, Any]:
-        return asdict(self.options)
 
     def _nearest(self, queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if k > MAX_K:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlayer_backends._buffered import BufferedBackend
-from memlayer_backends._checks import check_whole_number, read_options, select_lanes
+from memlayer_backends._checks import check_whole_number, select_lanes
+from memlayer_backends.buffered import BufferedBackend
 
 EXACT_SCORES = 2**22
 """Scores held at a time by a search without a graph."""
@@ -55,13 +55,15 @@ class HnswlibBackend(BufferedBackend):
     """
 
     name = "hnswlib"
+    options_type = HnswlibOptions
     keeps_keys_on_cpu = True
+
+    options: HnswlibOptions
 
     def __init__(
         self, *, lanes: int, dim: int, device: torch.device | str = "cpu", **options: Any
     ) -> None:
-        self.options = read_options(HnswlibOptions, self.name, options)
-        super().__init__(lanes=lanes, dim=dim, device=device)
+        super().__init__(lanes=lanes, dim=dim, device=device, **options)
         self._graphs: list[_Graph | None] = [None] * lanes
 
     @classmethod
@@ -96,35 +98,33 @@ class HnswlibBackend(BufferedBackend):
         self._graphs = [None] * self.lanes
         self._update_graphs(None)
 
-    def _options_to_save(self) -> Mapping[str, Any]:
-        return asdict(self.options)
-
     def _update_graphs(self, lanes: Sequence[int] | None) -> None:
         for lane in select_lanes(lanes, self.lanes).tolist():
             self._graphs[lane] = self._up_to_date(lane)
 
     def _up_to_date(self, lane: int) -> _Graph | None:
         graph = self._graphs[lane]
-        count = int(self._buffer.counts[lane])
-        first_id = int(self._buffer.first_ids[lane])
+        count = int(self.buffer.counts[lane])
+        first_id = int(self.buffer.first_ids[lane])
         # Half the threshold on the way down, or a full lane near it would build at every write.
         if count < (self.options.exact_below // 2 if graph else self.options.exact_below):
             return None
         if graph is not None:
             graph.remove_before(first_id)
             if graph.removed <= count:
-                graph.add(self._buffer.newest(lane, first_id + count - graph.next_id))
+                graph.add(self.buffer.newest(lane, first_id + count - graph.next_id))
                 return graph
         graph = _Graph(self.dim, first_id, self.options)
-        graph.add(self._buffer.newest(lane, count))
+        graph.add(self.buffer.newest(lane, count))
         return graph
 
-    def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Search each lane in its graph, or exactly where it has none."""
         shape = (self.lanes, queries.shape[1], k)
         scores = queries.new_full(shape, -torch.inf)
         ids = torch.full(shape, -1)
         for lane, graph in enumerate(self._graphs):
-            found = min(k, int(self._buffer.counts[lane]))
+            found = min(k, int(self.buffer.counts[lane]))
             if not found:
                 continue
             result = graph.search(queries[lane], found) if graph else None
@@ -134,11 +134,11 @@ class HnswlibBackend(BufferedBackend):
         return scores, ids
 
     def _search_exactly(self, lane: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        keys = self._buffer.live(torch.tensor([lane]))
+        keys = self.buffer.live(torch.tensor([lane]))
         block = max(1, EXACT_SCORES // len(keys))
         best = [(some @ keys.T).topk(k) for some in torch.split(queries, block)]
         positions = torch.cat([item.indices for item in best])
-        return torch.cat([item.values for item in best]), positions + self._buffer.first_ids[lane]
+        return torch.cat([item.values for item in best]), positions + self.buffer.first_ids[lane]
 
 
 class _Graph:

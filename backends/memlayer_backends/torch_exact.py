@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from memlayer_backends._buffered import BufferedBackend
-from memlayer_backends._checks import check_whole_number, read_options
-from memlayer_backends._key_buffer import GROUP
+from memlayer_backends._checks import check_whole_number
+from memlayer_backends.buffered import BufferedBackend
+from memlayer_backends.key_buffer import GROUP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +36,15 @@ class TorchBackend(BufferedBackend):
     """
 
     name = "torch"
+    options_type = TorchOptions
 
-    def __init__(
-        self, *, lanes: int, dim: int, device: torch.device | str = "cpu", **options: Any
-    ) -> None:
-        self.options = read_options(TorchOptions, self.name, options)
-        super().__init__(lanes=lanes, dim=dim, device=device)
+    options: TorchOptions
 
-    def _options_to_save(self) -> Mapping[str, Any]:
-        return asdict(self.options)
-
-    def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        occupancy = self._buffer.occupancy()
+    def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Search all lanes at once, a block of queries after the other."""
+        occupancy = self.buffer.occupancy()
         n_slots = occupancy.n_slots
-        keys = self._buffer.keys[:, :n_slots].transpose(1, 2)  # (lanes, dim, N)
+        keys = self.buffer.keys[:, :n_slots].transpose(1, 2)  # (lanes, dim, N)
         per_query = self.lanes * n_slots
         block = min(max(1, self._block_bytes() // (4 * per_query)), queries.shape[1])
         # Reused: fresh pages for every block take longer than the product itself.

@@ -180,7 +180,7 @@ class BackendConformance:
         lanes, dim = 3, 8
         backend, model = self.make_backend(lanes=lanes, dim=dim), _PlainModel(lanes)
         choose = random.Random(seed)
-        for step in range(200):
+        for step in range(120):
             some = choose.sample(range(lanes), choose.randint(1, lanes))
             action = choose.choices(("add", "remove", "cycle", "clear"), (40, 25, 30, 5))[0]
             held = min(len(model.vectors[lane]) for lane in some)

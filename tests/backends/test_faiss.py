@@ -22,7 +22,7 @@ def test_a_lane_that_wraps_around_and_is_not_full_is_searched_whole() -> None:
         backend.remove_oldest(60)
         backend.add(random(2, 50, 8, seed=1))
         backend.remove_oldest(10, [1])
-    assert len(faiss._buffer.pieces(0)) == 2
+    assert len(faiss.buffer.pieces(0)) == 2
     queries = random(2, 9, 8, seed=2)
     expected = exact.search(queries, 70)
     result = faiss.search(queries, 70)

@@ -16,7 +16,7 @@ from memlayer_backends.torch_exact import TorchBackend
 class OneOffAfterEviction(TorchBackend):
     def search(self, queries: Tensor, k: int) -> SearchResult:
         result = super().search(queries, k)
-        evicted = (self._buffer.first_ids > 0)[:, None, None] & (result.ids >= 0)
+        evicted = (self.buffer.first_ids > 0)[:, None, None] & (result.ids >= 0)
         return SearchResult(scores=result.scores, ids=result.ids + evicted.long())
 
 
@@ -29,13 +29,13 @@ class SwappedLanes(TorchBackend):
 class StaleIdsAfterLoad(TorchBackend):
     def load(self, directory: Path) -> None:
         super().load(directory)
-        self._buffer.first_ids.zero_()
+        self.buffer.first_ids.zero_()
 
 
 class MissesTheLastVector(TorchBackend):
     def search(self, queries: Tensor, k: int) -> SearchResult:
         result = super().search(queries, k)
-        last = (self._buffer.first_ids + self._buffer.counts - 1)[:, None, None]
+        last = (self.buffer.first_ids + self.buffer.counts - 1)[:, None, None]
         missed = result.ids == last
         return SearchResult(
             scores=result.scores.masked_fill(missed, -torch.inf),

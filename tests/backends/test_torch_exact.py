@@ -60,12 +60,12 @@ def test_scores_of_all_queries_never_exist_at_once() -> None:
 def test_a_full_ring_neither_grows_nor_moves() -> None:
     backend = TorchBackend(lanes=2, dim=8)
     backend.add(random(2, 1000, 8))
-    place = backend._buffer.keys.data_ptr()
+    place = backend.buffer.keys.data_ptr()
     for step in range(50):
         backend.remove_oldest(70)
         backend.add(random(2, 70, 8, seed=step))
-    assert backend._buffer.keys.data_ptr() == place
-    assert backend._buffer.occupancy().n_slots == 1024
+    assert backend.buffer.keys.data_ptr() == place
+    assert backend.buffer.occupancy().n_slots == 1024
 
 
 def test_a_full_ring_allocates_for_the_new_vectors_only() -> None:
@@ -83,24 +83,24 @@ def test_growing_step_by_step_copies_each_vector_a_few_times_at_most(
 ) -> None:
     backend = TorchBackend(lanes=1, dim=4)
     copied = 0
-    reserve, unroll = backend._buffer._reserve, backend._buffer._unroll
+    reserve, unroll = backend.buffer._reserve, backend.buffer._unroll
 
     def counting_reserve(size: int) -> None:
         nonlocal copied
-        before = backend._buffer.keys.data_ptr()
+        before = backend.buffer.keys.data_ptr()
         reserve(size)
-        moved = backend._buffer.keys.data_ptr() != before
-        copied += moved * int(backend._buffer.counts.sum())
+        moved = backend.buffer.keys.data_ptr() != before
+        copied += moved * int(backend.buffer.counts.sum())
 
     def counting_unroll(lanes: torch.Tensor) -> None:
         nonlocal copied
-        copied += int(backend._buffer.counts[lanes].sum())
+        copied += int(backend.buffer.counts[lanes].sum())
         unroll(lanes)
 
-    monkeypatch.setattr(backend._buffer, "_reserve", counting_reserve)
-    monkeypatch.setattr(backend._buffer, "_unroll", counting_unroll)
+    monkeypatch.setattr(backend.buffer, "_reserve", counting_reserve)
+    monkeypatch.setattr(backend.buffer, "_unroll", counting_unroll)
     added = 0
-    for _ in range(2000):
+    for _ in range(500):
         backend.add(random(1, 5, 4))
         backend.remove_oldest(2)
         added += 5

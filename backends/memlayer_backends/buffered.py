@@ -1,12 +1,14 @@
-"""What all built-in backends share: the checks, the stored vectors and the file.
+"""What all built-in backends share: the checks, the stored vectors, the options and the file.
 
-A backend that keeps its vectors in a `KeyBuffer` only has to search them.
+A backend that keeps its vectors in a `KeyBuffer` only has to search them: it subclasses
+`BufferedBackend` and writes `search_keys`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,31 +22,51 @@ from memlayer_backends._checks import (
     check_removal,
     check_vectors,
     check_whole_number,
+    read_options,
     select_lanes,
 )
-from memlayer_backends._key_buffer import KeyBuffer
 from memlayer_backends._saved_keys import SavedKeys, read_keys, write_keys
+from memlayer_backends.key_buffer import KeyBuffer
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a backend that has none."""
 
 
 class BufferedBackend(RetrievalBackend):
     """A retrieval backend over a `KeyBuffer`.
 
+    Attributes:
+        options: an instance of `options_type`.
+        buffer: the stored vectors.
+
     Args:
         lanes: independent sets of vectors.
         dim: length of every vector.
         device: where queries come from and results go to.
+        options: fields of `options_type`.
 
     Raises:
+        ConfigError: if an option is unknown or has a wrong value.
         BackendUnavailableError: if a library or device is missing.
     """
 
     name: ClassVar[str]
     """The name that the backend is registered under."""
 
+    options_type: ClassVar[type[Any]] = NoOptions
+    """A dataclass of what the backend can be told; JSON types only."""
+
     keeps_keys_on_cpu: ClassVar[bool] = False
     """Whether vectors are stored and searched on the CPU, wherever the queries are."""
 
-    def __init__(self, *, lanes: int, dim: int, device: torch.device | str = "cpu") -> None:
+    options: Any
+
+    def __init__(
+        self, *, lanes: int, dim: int, device: torch.device | str = "cpu", **options: Any
+    ) -> None:
+        self.options = read_options(self.options_type, self.name, options)
         check_whole_number("lanes", lanes, minimum=1)
         check_whole_number("dim", dim, minimum=1)
         reason = self.unavailable_reason()
@@ -52,10 +74,10 @@ class BufferedBackend(RetrievalBackend):
             raise BackendUnavailableError(reason)
         super().__init__(lanes=lanes, dim=dim, device=device)
         kept_on = torch.device("cpu") if self.keeps_keys_on_cpu else self.device
-        self._buffer = KeyBuffer(lanes=lanes, dim=dim, device=kept_on)
+        self.buffer = KeyBuffer(lanes=lanes, dim=dim, device=kept_on)
 
     @abstractmethod
-    def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Find the ``k`` best vectors of lanes of which one at least is not empty.
 
         Args:
@@ -66,19 +88,15 @@ class BufferedBackend(RetrievalBackend):
             Scores (``-inf`` where there is nothing) and ids (anything there), ``(lanes, q, k)``.
         """
 
-    @abstractmethod
-    def _options_to_save(self) -> Mapping[str, Any]:
-        """Give the options as JSON types."""
-
     @torch.no_grad()
     def add(self, keys: Tensor, lanes: Sequence[int] | None = None) -> None:
         """Append vectors, as the contract says."""
         chosen = select_lanes(lanes, self.lanes)
         check_vectors("keys", keys, lanes=len(chosen), dim=self.dim, device=self.device)
         # Checked as stored: float64 has finite values that float32 does not.
-        keys = keys.to(self._buffer.keys.device, torch.float32)
+        keys = keys.to(self.buffer.keys.device, torch.float32)
         check_finite(keys, chosen)
-        self._buffer.append(keys, chosen)
+        self.buffer.append(keys, chosen)
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> SearchResult:
@@ -88,9 +106,9 @@ class BufferedBackend(RetrievalBackend):
         shape = (self.lanes, queries.shape[1], k)
         scores = torch.full(shape, -torch.inf, device=queries.device)
         ids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
-        found = min(k, int(self._buffer.counts.max()))
+        found = min(k, int(self.buffer.counts.max()))
         if found and queries.shape[1]:
-            kept = self._buffer.keys.device
+            kept = self.buffer.keys.device
             # A copy of every query is small beside its scores, and lets one that is not finite
             # find nothing in every backend alike.
             vectors = queries.to(kept, torch.float32)
@@ -98,7 +116,7 @@ class BufferedBackend(RetrievalBackend):
             vectors = vectors.masked_fill(~finite, 0.0).contiguous()
             # Autocast would round the products to half precision.
             with torch.autocast(kept.type, enabled=False):
-                found_scores, found_ids = self._search(vectors, found)
+                found_scores, found_ids = self.search_keys(vectors, found)
             found_scores = found_scores.masked_fill(~finite, -torch.inf)
             found_ids = found_ids.masked_fill(found_scores == -torch.inf, -1)
             scores[..., :found] = found_scores
@@ -108,30 +126,30 @@ class BufferedBackend(RetrievalBackend):
     def remove_oldest(self, n: int, lanes: Sequence[int] | None = None) -> None:
         """Drop the oldest vectors, as the contract says."""
         chosen = select_lanes(lanes, self.lanes)
-        check_removal(n, self._buffer.counts, chosen)
-        self._buffer.drop_oldest(n, chosen)
+        check_removal(n, self.buffer.counts, chosen)
+        self.buffer.drop_oldest(n, chosen)
 
     def clear(self, lanes: Sequence[int] | None = None) -> None:
         """Drop all vectors of the given lanes, as the contract says."""
-        self._buffer.clear(select_lanes(lanes, self.lanes))
+        self.buffer.clear(select_lanes(lanes, self.lanes))
 
     def counts(self) -> Tensor:
         """Give the number of vectors of each lane, as the contract says."""
-        return self._buffer.counts.clone()
+        return self.buffer.counts.clone()
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
         """Write ``index.safetensors`` into an existing directory, whole or not at all."""
-        buffer = self._buffer
+        buffer = self.buffer
         saved = SavedKeys(
             keys=buffer.live(torch.arange(self.lanes)).cpu(),
             counts=buffer.counts.clone(),
             first_ids=buffer.first_ids.clone(),
         )
-        write_keys(directory, saved, backend=self.name, options=self._options_to_save())
+        write_keys(directory, saved, backend=self.name, options=asdict(self.options))
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
         """Replace the contents by what any built-in backend saved; the options stay this one's."""
         saved = read_keys(directory, lanes=self.lanes, dim=self.dim)
-        self._buffer.replace(saved.keys, saved.counts, saved.first_ids)
+        self.buffer.replace(saved.keys, saved.counts, saved.first_ids)
