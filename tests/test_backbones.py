@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -344,6 +345,17 @@ def test_a_damaged_cache_entry_is_converted_again(gguf_file: Path, own_cache: Pa
     weights.write_bytes(weights.read_bytes()[:200])
     assert torch.equal(load_backbone(str(gguf_file)).model(INPUTS).logits, first)
     assert torch.equal(load_backbone(str(gguf_file)).model(INPUTS).logits, first)
+
+
+def test_what_a_killed_conversion_left_is_removed_after_a_while(
+    gguf_file: Path, own_cache: Path
+) -> None:
+    for name, age in (("partial-old", 2 * memlayer.backbones.STALE_SECONDS), ("partial-new", 0)):
+        (own_cache / name).mkdir(parents=True)
+        os.utime(own_cache / name, (time.time() - age,) * 2)
+    load_backbone(str(gguf_file))
+    assert {path.name.split("-")[1] for path in own_cache.glob("partial-*")} == {"new"}
+    assert len(list(own_cache.glob("tiny-*/model.safetensors"))) == 1
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(
