@@ -142,7 +142,7 @@ class Registry:
         entry = self.entry(name)
         missing = self._missing(entry)
         if missing is not None:
-            raise BackendUnavailableError(missing)
+            raise BackendUnavailableError(f"{self.kind} {name!r} {missing}")
         try:
             return resolve_name(entry.target)
         except Exception as error:  # whatever a plug-in's module does on import
@@ -179,10 +179,7 @@ class Registry:
         if not missing:
             return None
         command = f": {entry.install_command}" if entry.install_command else ""
-        return (
-            f"{self.kind} {entry.name!r} needs the Python package {', '.join(missing)}, "
-            f"which is not installed{command}"
-        )
+        return f"needs the Python package {', '.join(missing)}, which is not installed{command}"
 
     def _unknown(self, name: str) -> str:
         message = f"unknown {self.kind} {name!r}; known: {', '.join(self.names()) or 'none'}."
@@ -190,7 +187,7 @@ class Registry:
         if near:
             message += f" Did you mean {near[0]!r}?"
             missing = self._missing(self._entries[near[0]])
-            message += f" ({missing})" if missing else ""
+            message += f" It {missing}" if missing else ""
         if len(self._failures):
             message += f" Plug-ins that failed: {len(self._failures)}; see 'memlayer plugins'."
         return message

@@ -131,7 +131,9 @@ def _report_usage(error: TyperException) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "memlayer"
     message = _one_line(error.format_message()).rstrip(".")
-    typer.echo(f"memlayer: error: {message}; see '{command} --help'", err=True)
+    # A group without a command: Typer has shown its help, and the error says nothing more.
+    if message:
+        typer.echo(f"memlayer: error: {message}; see '{command} --help'", err=True)
     return error.exit_code
 
 

@@ -82,6 +82,13 @@ def test_no_command_shows_the_help(capsys):
     assert "Usage: memlayer" in capsys.readouterr().out
 
 
+def test_a_group_without_a_command_shows_its_help(capsys):
+    assert run(["eval"]) == 2
+    out, err = capsys.readouterr()
+    assert "Usage: memlayer eval" in out
+    assert err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -29,9 +29,7 @@ class Search:
 
 
 INSTALL = 'pip install "search-lib[fast]"'
-ABSENT = (
-    "backend 'absent' needs the Python package no_such_library, which is not installed: " + INSTALL
-)
+ABSENT = "needs the Python package no_such_library, which is not installed: " + INSTALL
 
 
 @pytest.fixture
