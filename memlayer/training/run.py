@@ -59,7 +59,7 @@ def train_from_names(
     plugins = default_plugins() if plugins is None else plugins
     reason = plugins.backends.unavailable_reason(config.backend)
     if reason is not None:
-        raise BackendUnavailableError(reason)
+        raise BackendUnavailableError(f"backend {config.backend!r} cannot run here: {reason}")
     check_output(output, resume=resume)
     place = choose_device(device)
     documents = load_documents(data, split="all" if validation_data else "train")
