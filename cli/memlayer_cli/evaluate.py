@@ -218,8 +218,10 @@ def _show(result: PerplexityResult) -> None:
     for report, stride in reports:
         kind = "fresh segments" if stride == length else f"windows every {stride} tokens"
         console.print(_conditions(report, f"{kind} of {length}, {result.tokens:,} tokens scored"))
-        if len(report.conditions) > 1:
-            console.print(_intervals(report, result.headline))
+        # A backbone alone has no intervals but those of its dense context.
+        compared = "dense" if result.headline == "backbone" else result.headline
+        if compared in report.conditions:
+            console.print(_intervals(report, compared))
     console.print(_by_position(result.overall))
     for note in result.notes:
         console.print(f"note: {note}", soft_wrap=True)
@@ -244,29 +246,21 @@ def _conditions(report: WindowReport, title: str) -> Table:
     return table
 
 
-def _intervals(report: WindowReport, headline: str) -> Table:
+def _intervals(report: WindowReport, condition: str) -> Table:
     from rich.table import Table
 
-    table = Table("change of perplexity", "95 % interval over", title="is it chance?")
-    for name in ("change", "from", "to"):
-        table.add_column(name, justify="right")
-    # A side network without memory, or a backbone with dense context, has the backbone to beat.
-    chosen = [item for item in report.intervals if item.condition == headline]
-    for interval in chosen or report.intervals:
-        ends = (
-            ("too few", "")
-            if interval.low is None or interval.high is None
-            else (
-                _change(interval.low),
-                _change(interval.high),
+    table = Table(title=f"{condition}: change of perplexity")
+    for name in ("against", "change", "95 % interval"):
+        table.add_column(name, justify="left" if name == "against" else "right")
+    table.add_column("over")
+    for item in report.intervals:
+        if item.condition == condition:
+            table.add_row(
+                item.against,
+                _change(item.difference),
+                "too few" if item.low is None else f"{_change(item.low)} to {_change(item.high)}",
+                _basis(item),
             )
-        )
-        table.add_row(
-            f"{interval.condition} against {interval.against}",
-            _basis(interval),
-            _change(interval.difference),
-            *ends,
-        )
     return table
 
 
@@ -296,6 +290,6 @@ def _by_position(report: WindowReport) -> Table:
     return table
 
 
-def _change(difference: float) -> str:
+def _change(difference: float | None) -> str:
     """Give a difference of mean losses as the change of perplexity."""
-    return f"{100 * math.expm1(difference):+.2f} %"
+    return "" if difference is None else f"{100 * math.expm1(difference):+.2f} %"
