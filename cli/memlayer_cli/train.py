@@ -145,20 +145,20 @@ def train(
     ] = OPTIONS.save_every,
     json: JsonOption = None,
 ) -> None:
-    """Train a side network that reads a frozen backbone's memory.
+    r"""Train a side network that reads a frozen backbone's memory.
 
     Writes the side network (for memlayer.load), log.jsonl, curves.png,
     training.json and checkpoints/ into --output. Ctrl-C saves a checkpoint;
     the same command with --resume goes on from it.
 
-    Examples:
+    For example:
 
       memlayer train --backbone smollm2-135m --segment-length 512 --output run
 
-      memlayer train --backbone gpt2-medium --backend faiss-gpu \\
+      memlayer train --backbone gpt2-medium --backend faiss-gpu \
           --data books/ --tokens 10000000 --output run
 
-      memlayer train --backbone gpt2-medium --backend faiss-gpu \\
+      memlayer train --backbone gpt2-medium --backend faiss-gpu \
           --data books/ --tokens 10000000 --output run --resume
     """
     config = LongMemConfig(
