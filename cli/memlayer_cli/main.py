@@ -6,7 +6,6 @@ one line on standard error; ``memlayer --debug ...`` shows its traceback too.
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -82,19 +81,11 @@ def _global_options(
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
         raise typer.Exit
-    _quiet_libraries()
     if session.plugins.failures and ctx.invoked_subcommand != "plugins":
         names = ", ".join(sorted({failure.name for failure in session.plugins.failures}))
         typer.echo(
             f"memlayer: warning: plug-ins that failed: {names}; see 'memlayer plugins'", err=True
         )
-
-
-def _quiet_libraries() -> None:
-    # Read by the libraries when they are imported, which no command has done yet. Commands have
-    # progress bars and messages of their own; what the user has set himself stays.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _add_plugin_commands(app: typer.Typer, session: Session) -> None:
