@@ -321,6 +321,20 @@ def test_a_bank_of_another_model_is_refused(tmp_path, make_backbone, make_tokens
         second.memory.load(tmp_path / "bank")
 
 
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_memory_filled_in_inference_mode_can_be_trained_on_and_written_to(
+    backend, llama, make_tokens
+):
+    model = trained(wrap(llama, backend=backend)).train()
+    ids = make_tokens(2, 16)
+    with torch.inference_mode():
+        model.memorize(make_tokens(2, 61, seed=1))
+        model(ids, update_memory=True)
+    for _ in range(8):
+        model(ids, labels=ids, update_memory=True).loss.backward()
+    assert all((gate.grad != 0).all() for gate in model.side_network.gates)
+
+
 # -------------------------------------------------------------------- generation
 
 

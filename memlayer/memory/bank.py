@@ -150,6 +150,9 @@ class MemoryBank:
 
     # ---------------------------------------------------------------- writing
 
+    # Storage made in inference mode could never be written to outside of it.
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def write(
         self,
         keys: Tensor | Sequence[Tensor],
@@ -338,6 +341,8 @@ class MemoryBank:
         """
         persistence.save(self, Path(directory))
 
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def load(self, directory: str | Path) -> None:
         """Replace the contents by what `save` wrote; answers are the same as before.
 
