@@ -60,7 +60,7 @@ def test_a_run_trains_and_its_numbers_are_those_of_the_checkpoint_it_leaves(
         "--dense-context": 64,
         "--dense-stride": 32,
         "--tokens": 100,
-        "--train-eval-tokens": 32,
+        "--train-eval-tokens": 64,
     }
     words = [str(word) for pair in options.items() for word in pair]
     monkeypatch.setattr(sys, "argv", ["books.py", *words, "--control"])

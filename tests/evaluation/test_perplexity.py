@@ -48,7 +48,7 @@ def any_options(draw: st.DrawFn) -> PerplexityOptions:
 
 
 @settings(
-    max_examples=15,
+    max_examples=8,
     deadline=None,
     # The fixtures are made once and stay as they are.
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -18,7 +18,7 @@ MakeModel = Callable[[PreTrainedModel], LongMemModel]
 
 LENGTH = 16
 # Whole windows only, a partial last window, one window in all, and overlaps that do not divide T.
-CUTS = [(49, 16), (58, 16), (12, 16), (49, 8), (58, 5), (58, 1)]
+CUTS = [(49, 16), (58, 16), (12, 16), (49, 8), (58, 5)]
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +110,8 @@ def test_no_memory_is_the_model_with_its_memory_disabled(
     torch.testing.assert_close(score(model, ids, stride=LENGTH)["no_memory"], expected)
 
 
-@pytest.mark.parametrize("stride", [16, 8, 5, 1])
-@pytest.mark.parametrize("size", [8, 24, 256])
+@pytest.mark.parametrize("stride", [16, 7, 1])
+@pytest.mark.parametrize("size", [12, 256])
 def test_memory_losses_are_those_of_a_memory_rebuilt_for_every_window(
     model: LongMemModel, make_document: MakeDocument, stride: int, size: int
 ) -> None:
