@@ -7,7 +7,7 @@ depends on the backbone (`memory_layers` against its depth), which `memlayer.wra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from memlayer.errors import ConfigError
@@ -135,6 +135,27 @@ class LongMemConfig:
             raise ConfigError(
                 f"memory_layers must be layer numbers from 0 in rising order, got {list(layers)}"
             )
+
+    def for_depth(self, depth: int) -> LongMemConfig:
+        """Fill in ``memory_layers`` for a backbone of ``depth`` layers, and check the fit.
+
+        Raises:
+            ConfigError: if the backbone has too few layers.
+        """
+        if depth < self.layer_reduction_factor:
+            raise ConfigError(
+                f"layer_reduction_factor must be at most the backbone's {depth} layers, got "
+                f"{self.layer_reduction_factor}"
+            )
+        if self.memory_layers is None:
+            # The paper's 18th of 24 layers, counted from 0.
+            return replace(self, memory_layers=(max(3 * depth // 4 - 1, 0),))
+        if self.memory_layers[-1] >= depth:
+            raise ConfigError(
+                f"memory_layers must be within 0 to {depth - 1}, got {list(self.memory_layers)}; "
+                f"the backbone has {depth} layers"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as JSON types, with the version of their format."""

@@ -24,6 +24,7 @@ from memlayer.capture import BackboneStates, run_backbone, run_to_memory_layers
 from memlayer.config import LongMemConfig
 from memlayer.decoders import DecoderParts, describe, find_parts
 from memlayer.errors import BackendUnavailableError, ConfigError, ShapeError
+from memlayer.inputs import decoder_inputs
 from memlayer.kv_cache import with_side_layers
 from memlayer.memory import MemoryBank
 from memlayer.plugins import Plugins, default_plugins
@@ -72,7 +73,7 @@ class LongMemModel(nn.Module, GenerationMixin):
             )
         # A wrong backend option is the user's mistake now, not at the first write.
         self._make_backend(1, self.parts.head_dim, backbone.device)
-        self.memory_config = _with_memory_layers(config, len(self.parts.layers))
+        self.memory_config = config.for_depth(len(self.parts.layers))
         self._was = [(module, module.training) for module in backbone.modules()]
         self._required_grad = [(p, p.requires_grad) for p in backbone.parameters()]
         self.backbone = backbone.requires_grad_(False).eval()
@@ -125,12 +126,16 @@ class LongMemModel(nn.Module, GenerationMixin):
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        inputs, mask = self._inputs(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+        inputs, mask = decoder_inputs(
+            self.parts,
+            input_ids,
+            attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
         )
         if past_key_values is not None:
             with_side_layers(past_key_values, self.side_network.sources, len(self.parts.layers))
-            inputs |= {"past_key_values": past_key_values, "use_cache": True}
         states = run_backbone(self.parts, self.side_network.sources, self._memory_layers, **inputs)
         states.attention_mask, states.past_key_values = mask, past_key_values
         return states
@@ -273,7 +278,7 @@ class LongMemModel(nn.Module, GenerationMixin):
         for start in range(0, input_ids.shape[1], self.memory_config.segment_length):
             part = slice(start, start + self.memory_config.segment_length)
             mask = None if attention_mask is None else attention_mask[:, part]
-            inputs, real = self._inputs(input_ids[:, part], mask, None, None, None)
+            inputs, real = decoder_inputs(self.parts, input_ids[:, part], mask)
             states = run_to_memory_layers(self.parts, self._memory_layers, **inputs)
             states.attention_mask = real
             self.remember(states)
@@ -367,29 +372,12 @@ class LongMemModel(nn.Module, GenerationMixin):
     def parameter_groups(
         self, *, learning_rate: float, gate_learning_rate: float, weight_decay: float
     ) -> list[dict[str, Any]]:
-        """Sort the trainable parameters for an optimizer.
-
-        Returns:
-            Matrices, with decay; vectors (norms, biases), without; gates and layer scales, with
-            their own learning rate and without decay.
-        """
-        side = self.side_network
-        gates = [*side.gates, *([] if side.scales is None else [side.scales])]
-        known = {id(parameter) for parameter in gates}
-        weights = [p for p in side.parameters() if id(p) not in known]
-        return [
-            {
-                "params": [p for p in weights if p.dim() > 1],
-                "lr": learning_rate,
-                "weight_decay": weight_decay,
-            },
-            {
-                "params": [p for p in weights if p.dim() <= 1],
-                "lr": learning_rate,
-                "weight_decay": 0.0,
-            },
-            {"params": gates, "lr": gate_learning_rate, "weight_decay": 0.0},
-        ]
+        """Sort the trainable parameters for an optimizer; see `SideNetwork.parameter_groups`."""
+        return self.side_network.parameter_groups(
+            learning_rate=learning_rate,
+            gate_learning_rate=gate_learning_rate,
+            weight_decay=weight_decay,
+        )
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words."""
@@ -415,42 +403,6 @@ class LongMemModel(nn.Module, GenerationMixin):
         return checkpoint.push_adapter(self, repo_id, private=private, token=token)
 
     # ---------------------------------------------------------------- parts
-
-    def _inputs(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        inputs_embeds: Tensor | None,
-    ) -> tuple[dict[str, Any], Tensor | None]:
-        """Give the decoder's arguments, and the mask ``(B, T)`` of this call's real tokens."""
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ConfigError("exactly one of input_ids and inputs_embeds must be given")
-        tokens = given.shape[1]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        limit = self.parts.max_positions
-        if limit is not None and past + tokens > limit:
-            raise ConfigError(
-                f"{type(self.backbone).__name__} has learned positions for {limit} tokens, got "
-                f"{past + tokens}; memorize the older text and pass the rest"
-            )
-        mask = None
-        if attention_mask is not None and not bool(attention_mask.all()):
-            mask = attention_mask[:, -tokens:].bool()
-            if position_ids is None:
-                # Most Hugging Face decoders count from 0 on whatever is padding.
-                counted = attention_mask.long().cumsum(dim=1) - 1
-                position_ids = counted.clamp(min=0)[:, -tokens:]
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": False,
-        }
-        return {name: value for name, value in inputs.items() if value is not None}, mask
 
     def _plain_backbone(
         self, update_memory: bool, **arguments: Any
@@ -506,23 +458,6 @@ def _backend_maker(
         return made
 
     return make
-
-
-def _with_memory_layers(config: LongMemConfig, depth: int) -> LongMemConfig:
-    if depth < config.layer_reduction_factor:
-        raise ConfigError(
-            f"layer_reduction_factor must be at most the backbone's {depth} layers, got "
-            f"{config.layer_reduction_factor}"
-        )
-    if config.memory_layers is None:
-        # The paper's 18th of 24 layers, counted from 0.
-        return replace(config, memory_layers=(max(3 * depth // 4 - 1, 0),))
-    if config.memory_layers[-1] >= depth:
-        raise ConfigError(
-            f"memory_layers must be within 0 to {depth - 1}, got {list(config.memory_layers)}; "
-            f"the backbone has {depth} layers"
-        )
-    return config
 
 
 def _refuse_unsupported(arguments: dict[str, Any]) -> None:

@@ -118,6 +118,26 @@ class SideNetwork(nn.Module):
         normed: Tensor = self.norm(hidden)
         return normed
 
+    def parameter_groups(
+        self, *, learning_rate: float, gate_learning_rate: float, weight_decay: float
+    ) -> list[dict[str, Any]]:
+        """Sort all parameters for an optimizer.
+
+        Returns:
+            Three groups: matrices, with decay; vectors (norms, biases), without; gates and layer
+            scales, with their own learning rate and without decay.
+        """
+        gates = [*self.gates, *([] if self.scales is None else [self.scales])]
+        known = {id(parameter) for parameter in gates}
+        weights = [weight for weight in self.parameters() if id(weight) not in known]
+        matrices = [weight for weight in weights if weight.dim() > 1]
+        vectors = [weight for weight in weights if weight.dim() <= 1]
+        return [
+            {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+            {"params": gates, "lr": gate_learning_rate, "weight_decay": 0.0},
+        ]
+
     @contextmanager
     def _reading(self, layer: nn.Module, number: int, memory: MemoryView) -> Iterator[None]:
         """Let one layer's attention read memory layer ``number`` while this is entered."""
