@@ -36,7 +36,7 @@ class BackboneStates:
     Attributes:
         hidden_states: the residual stream before any final norm, ``(B, T, E)`` each: the input of
             the first layer, then the output of every layer that was asked for.
-        calls: what each of those layers was called with.
+        calls: what every layer whose call was asked for was called with.
         keys: one tensor a memory layer, ``(B, H_kv, T, D)``, not rotated.
         values: likewise.
         attention_mask: ``(B, T)``, bool, True for real tokens; None where all are.
@@ -57,13 +57,19 @@ class _MemoryLayersDone(Exception):  # noqa: N818 - a signal to stop early, neve
 
 @torch.no_grad()
 def run_backbone(
-    parts: DecoderParts, layers: Sequence[int], memory_layers: Sequence[int], **inputs: Any
+    parts: DecoderParts,
+    *,
+    outputs_of: Sequence[int],
+    calls_of: Sequence[int],
+    memory_layers: Sequence[int],
+    **inputs: Any,
 ) -> BackboneStates:
     """Run the whole decoder, without its head.
 
     Args:
         parts: the backbone's parts.
-        layers: layers (from 0, rising, the last one included) whose output and call to keep.
+        outputs_of: layers (from 0, rising, the last one included) whose output to keep.
+        calls_of: layers, rising, of which to keep what they were called with.
         memory_layers: layers whose keys and values to keep, rising.
         inputs: keyword arguments of the decoder's forward.
     """
@@ -71,10 +77,10 @@ def run_backbone(
     with ExitStack() as hooks:
         first = parts.layers[0]
         hooks.enter_context(_on_input(first, states.hidden_states.append))
-        for index in layers:
-            layer = parts.layers[index]
-            hooks.enter_context(_on_call(layer, states.calls.append))
-            hooks.enter_context(_on_output(layer, states.hidden_states.append))
+        for index in calls_of:
+            hooks.enter_context(_on_call(parts.layers[index], states.calls.append))
+        for index in outputs_of:
+            hooks.enter_context(_on_output(parts.layers[index], states.hidden_states.append))
         _keep_keys_and_values(parts, memory_layers, states, hooks)
         parts.decoder(**inputs)
     return states

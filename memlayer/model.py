@@ -136,7 +136,13 @@ class LongMemModel(nn.Module, GenerationMixin):
         )
         if past_key_values is not None:
             with_side_layers(past_key_values, self.side_network.sources, len(self.parts.layers))
-        states = run_backbone(self.parts, self.side_network.sources, self._memory_layers, **inputs)
+        states = run_backbone(
+            self.parts,
+            outputs_of=self.side_network.boundaries,
+            calls_of=self.side_network.sources,
+            memory_layers=self._memory_layers,
+            **inputs,
+        )
         states.attention_mask, states.past_key_values = mask, past_key_values
         return states
 

@@ -60,7 +60,9 @@ class SideNetwork(nn.Module):
         norm: trainable copy of the final norm.
         gates: one ``(H,)`` float32 parameter a memory layer, before the sigmoid.
         scales: ``(L_s,)`` float32, :math:`a_l`; None with ``side_init="backbone"``.
-        sources: for each side layer, the backbone layer (from 0) up to which it has seen.
+        boundaries: for each side layer, the last backbone layer (from 0) whose work it stands for.
+        sources: for each side layer, the backbone layer that it is a copy of, and with whose
+            arguments it is called.
         readers: for each memory layer, the side layer that reads it.
     """
 
@@ -69,7 +71,7 @@ class SideNetwork(nn.Module):
         self._parts = parts
         depth, reduction = len(parts.layers), config.layer_reduction_factor
         memory_layers = config.memory_layers or ()
-        self.sources = tuple(
+        self.boundaries = tuple(
             min(start + reduction, depth) - 1 for start in range(0, depth, reduction)
         )
         self.readers = tuple(layer // reduction for layer in memory_layers)
@@ -79,12 +81,13 @@ class SideNetwork(nn.Module):
                 f"with layer_reduction_factor={reduction}; take layers at least {reduction} apart"
             )
         # The layer that reads memory starts as the one that wrote it: queries and keys match.
-        copied = list(self.sources)
+        sources = list(self.boundaries)
         for reader, layer in zip(self.readers, memory_layers, strict=True):
-            copied[reader] = layer
+            sources[reader] = layer
+        self.sources = tuple(sources)
         self.layers = nn.ModuleList(
             _copy_layer(parts.layers[source], depth + number)
-            for number, source in enumerate(copied)
+            for number, source in enumerate(sources)
         )
         self.norm = _copy_module(parts.final_norm)
         self.gates = nn.ParameterList(
@@ -92,14 +95,15 @@ class SideNetwork(nn.Module):
         )
         self.scales: nn.Parameter | None = None
         if config.side_init == "identity":
-            self.scales = nn.Parameter(torch.zeros(len(copied), device=_device(parts)))
+            self.scales = nn.Parameter(torch.zeros(len(sources), device=_device(parts)))
         self.memory_distance = config.memory_distance
 
     def forward(self, states: BackboneStates, memory: MemoryView | None = None) -> Tensor:
         """Give the final hidden states, normed: ``(B, T, E)``.
 
         Args:
-            states: of one backbone pass, with the outputs of ``sources``.
+            states: of one backbone pass, with the outputs of ``boundaries`` and the calls of
+                ``sources``.
             memory: what to read; None leaves memory attention out, and so does an empty bank.
         """
         dtype = next(self.layers.parameters()).dtype

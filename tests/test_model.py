@@ -79,7 +79,7 @@ def test_a_depth_that_the_reduction_factor_does_not_divide_is_covered_whole(
 ):
     backbone = make_backbone("llama", num_hidden_layers=5)
     model = wrap(backbone)
-    assert model.side_network.sources == (1, 3, 4)
+    assert model.side_network.boundaries == (1, 3, 4)
     ids = make_tokens(1, 20)
     torch.testing.assert_close(model(ids).logits, backbone(ids).logits, rtol=0, atol=1e-4)
 
@@ -126,12 +126,34 @@ def test_the_side_network_shares_no_weights_with_the_backbone(backbone):
 def test_the_layer_that_reads_starts_as_the_layer_that_wrote(llama):
     model = wrap(llama, memory_layers=(2,), side_init="backbone")
     side = model.side_network
-    assert side.readers == (1,)
+    assert (side.readers, side.sources, side.boundaries) == ((1,), (1, 2), (1, 3))
     for name, weight in side.layers[1].named_parameters():
         assert torch.equal(weight, llama.model.layers[2].get_parameter(name))
     for name, weight in side.layers[0].named_parameters():
         assert torch.equal(weight, llama.model.layers[1].get_parameter(name))
     assert side.scales is None
+
+
+@torch.no_grad()
+def test_side_layers_are_called_as_the_layer_that_they_copy(make_backbone, make_tokens):
+    # Layer 2 slides over 8 tokens, layer 3 does not: their masks differ.
+    backbone = make_backbone(
+        "qwen2",
+        use_sliding_window=True,
+        sliding_window=8,
+        layer_types=["full_attention", "full_attention", "sliding_attention", "full_attention"],
+    )
+    model = trained(wrap(backbone, memory_layers=(2,), side_init="backbone"))
+    # Only attention and what is after it may mix tokens: with one layer's weights, token 0 reaches
+    # token 20 through the sliding layer never.
+    states = model.encode(make_tokens(1, 24))
+    layer, call = model.side_network.layers[1], states.calls[1]
+    hidden = states.hidden_states[1]
+    changed = hidden.clone()
+    changed[:, 0] += 1
+    first, second = (layer(h, *call.args, **call.kwargs) for h in (hidden, changed))
+    assert torch.equal(first[:, 20], second[:, 20])
+    assert not torch.equal(first[:, 4], second[:, 4])
 
 
 # -------------------------------------------------------------------- memory
