@@ -139,6 +139,10 @@ def train(
         int,
         typer.Option(help="Validation tokens scored each time.", rich_help_panel=_OUTPUT_PANEL),
     ] = OPTIONS.eval_tokens,
+    eval_documents: Annotated[
+        int,
+        typer.Option(help="Validation documents they are from.", rich_help_panel=_OUTPUT_PANEL),
+    ] = OPTIONS.eval_documents,
     save_every: Annotated[
         int | None,
         typer.Option(help="Steps between checkpoints.", rich_help_panel=_OUTPUT_PANEL),
@@ -182,6 +186,7 @@ def train(
         seed=seed,
         eval_every=eval_every,
         eval_tokens=eval_tokens,
+        eval_documents=eval_documents,
         save_every=save_every,
     )
     from memlayer.training import train_from_names

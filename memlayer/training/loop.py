@@ -107,9 +107,9 @@ def train(
 
     Raises:
         ConfigError: if the directory holds a run already, holds none to resume, or its run was
-            begun with other settings or documents.
+            begun with other settings or documents; if ``eval_tokens`` is too small.
         CheckpointError: if all of its checkpoints are damaged.
-        DataError: if no document can be trained on.
+        DataError: if no document can be trained on, or memory not be evaluated.
         TrainingError: if the loss is not finite, or a checkpoint cannot be written.
         KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
     """
@@ -201,11 +201,8 @@ class Trainer:
         self._sample = validation_sample(
             validation, tokens=options.eval_tokens, count=options.eval_documents
         )
-        if validation and not self._sample:
-            raise DataError(
-                f"no validation document has two tokens or more, got {len(validation)} documents; "
-                f"give longer ones, or none at all"
-            )
+        if validation:
+            _check_sample(self._sample, self.segment_length, options)
         self._accelerator = _make_accelerator(options, model.device)
         self._parameters = {
             name: parameter
@@ -509,6 +506,23 @@ class Trainer:
             seconds=self.seconds,
             perplexities=perplexities,
         )
+
+
+def _check_sample(sample: Sequence[Tensor], segment_length: int, options: TrainingOptions) -> None:
+    """Refuse validation text in which memory on and memory off are the same by construction."""
+    longest = max((len(input_ids) - 1 for input_ids in sample), default=0)
+    if longest > segment_length:
+        return
+    if sample and math.ceil(options.eval_tokens / len(sample)) <= segment_length:
+        raise ConfigError(
+            f"eval_tokens must be more than segment_length={segment_length} for each of "
+            f"{len(sample)} validation documents, or their memory is never read, got "
+            f"{options.eval_tokens}; give {4 * segment_length * len(sample)} or so"
+        )
+    raise DataError(
+        f"every validation document fits in one segment of segment_length={segment_length} tokens "
+        f"(longest: {longest + 1}), so that memory is never read; give longer documents, or none"
+    )
 
 
 def _make_accelerator(options: TrainingOptions, device: torch.device) -> Accelerator:

@@ -77,11 +77,12 @@ class TrainingOptions:
     """Steps between evaluations on validation documents; the first step and the last one are
     always evaluated. None: only these."""
 
-    eval_tokens: int = 8192
+    eval_tokens: int = 16_384
     """Validation tokens scored at each evaluation, always the same ones."""
 
-    eval_documents: int = 4
-    """Validation documents, the longest ones, that ``eval_tokens`` is shared out to."""
+    eval_documents: int = 2
+    """Validation documents, the longest ones, that ``eval_tokens`` is shared out to: few, since
+    only what goes beyond a document's first segment can be read with memory."""
 
     save_every: int | None = 100
     """Steps between checkpoints to resume from. None: one only when interrupted."""

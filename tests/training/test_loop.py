@@ -252,3 +252,32 @@ def test_a_memory_that_all_rows_share_trains_too(
     train(model, tokenizer, documents, [], make_options(), output=tmp_path / "run")
     held = [entry["memory_tokens"] for entry in read_log(tmp_path / "run")]
     assert held == sorted(held)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "error", "message"),
+    [
+        (
+            {"eval_tokens": 32},
+            "a" * 99,
+            ConfigError,
+            "eval_tokens must be more than segment_len.*32",
+        ),
+        ({}, "a" * 17, DataError, r"every validation document fits in one segment.*longest: 17\)"),
+        ({}, "", DataError, "every validation document fits in one segment"),
+    ],
+)
+def test_a_validation_that_never_reads_memory_is_refused(
+    options, text, error, message, make_model, tokenizer, documents, make_options, tmp_path
+):
+    validation = [Document(id=name, text=text) for name in ("one", "other")]
+    with pytest.raises(error, match=message):
+        train(
+            make_model(),
+            tokenizer,
+            documents,
+            validation,
+            make_options(**options),
+            output=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
