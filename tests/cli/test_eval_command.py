@@ -68,6 +68,7 @@ def error_of(data: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., st
 
     def call(*arguments: object) -> str:
         options = ["--data", data, "--split", "all", *arguments]
+        capsys.readouterr()  # transformers' progress bars, from making the checkpoints
         assert run(["eval", "perplexity", *map(str, options)]) == 2
         shown = capsys.readouterr()
         assert shown.out == ""
