@@ -5,9 +5,14 @@ Each side layer is a copy of a backbone layer, run by that layer's own code with
 
 .. math:: s^0 = h^0, \qquad s^l = f_l(s^{l-1}) + (h^{rl} - h^{r(l-1)})
 
-with :math:`h` the residual stream before any final norm, and, with ``side_init="identity"``,
-:math:`s^l = s^{l-1} + a_l (f_l(s^{l-1}) - s^{l-1}) + (h^{rl} - h^{r(l-1)})`, where :math:`a_l`
-starts at 0: the sum of the residuals alone is :math:`h^L`, so the network starts as the backbone.
+with :math:`h` the residual stream before any final norm. With ``side_init="identity"``,
+
+.. math:: s^l = s^{l-1} + a_l (f_l(s^{l-1}) - s^{l-1}) + (1 - a_l) m_l + (h^{rl} - h^{r(l-1)})
+
+where :math:`a_l` starts at 0, and :math:`m_l = W_o\, \sigma(g) (M - A)` is what memory changes in
+the output of the layer's attention (0 in layers that read none). The sum of the residuals alone is
+:math:`h^L`, so without memory the network starts as the backbone; memory enters at full strength
+from the first step, and at :math:`a_l = 1` the layer is the paper's.
 
 A layer that reads memory does so between its attention and the linear map behind it: one hook notes
 the queries as projected (not rotated), another fuses the concatenated heads. So eager, SDPA and
@@ -46,6 +51,11 @@ class MemoryView:
 
     bank: MemoryBank
     expand: int = 1
+
+
+GENTLE_GATE = -1.5
+"""Where gates start with ``side_init="identity"``: memory enters unscaled there, and half of the
+attention (the paper's 0) is more than an untrained layer can use."""
 
 
 class SideNetwork(nn.Module):
@@ -90,11 +100,13 @@ class SideNetwork(nn.Module):
             for number, source in enumerate(sources)
         )
         self.norm = _copy_module(parts.final_norm)
-        self.gates = nn.ParameterList(
-            torch.zeros(parts.num_attention_heads, device=_device(parts)) for _ in memory_layers
+        identity = config.side_init == "identity"
+        gate = torch.full(
+            (parts.num_attention_heads,), GENTLE_GATE if identity else 0.0, device=_device(parts)
         )
+        self.gates = nn.ParameterList(gate.clone() for _ in memory_layers)
         self.scales: nn.Parameter | None = None
-        if config.side_init == "identity":
+        if identity:
             self.scales = nn.Parameter(torch.zeros(len(sources), device=_device(parts)))
         self.memory_distance = config.memory_distance
 
@@ -111,13 +123,17 @@ class SideNetwork(nn.Module):
         hidden = inner[0]
         readers = {side: number for number, side in enumerate(self.readers)}
         for number, (layer, call) in enumerate(zip(self.layers, states.calls, strict=True)):
+            changes: list[Tensor] = []
             with ExitStack() as hooks:
                 if memory is not None and memory.bank.is_readable and number in readers:
-                    hooks.enter_context(self._reading(layer, readers[number], memory))
+                    reading = self._reading(layer, readers[number], memory, changes)
+                    hooks.enter_context(reading)
                 output = first_tensor(layer(hidden, *call.args, **call.kwargs))
             if self.scales is not None:
                 scale = self.scales[number].to(dtype)
                 output = hidden + scale * (output - hidden)
+                for change in changes:
+                    output = output + (1 - scale) * change
             hidden = output + (inner[number + 1] - inner[number])
         normed: Tensor = self.norm(hidden)
         return normed
@@ -143,8 +159,13 @@ class SideNetwork(nn.Module):
         ]
 
     @contextmanager
-    def _reading(self, layer: nn.Module, number: int, memory: MemoryView) -> Iterator[None]:
-        """Let one layer's attention read memory layer ``number`` while this is entered."""
+    def _reading(
+        self, layer: nn.Module, number: int, memory: MemoryView, changes: list[Tensor]
+    ) -> Iterator[None]:
+        """Let one layer's attention read memory layer ``number`` while this is entered.
+
+        What memory changes in the attention's output, ``(B, T, E)``, goes to ``changes``.
+        """
         parts, gate = self._parts, self.gates[number]
         attention = parts.attention(layer)
         projection = parts.description.query
@@ -160,7 +181,13 @@ class SideNetwork(nn.Module):
             # (B, T, H * D) <-> (B, H, T, D)
             local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)
             fused = fuse(local, recalled.to(local.dtype), gate, retrieved.found.any(dim=-1))
-            return (fused.transpose(1, 2).flatten(2), *args[1:])
+            joined = fused.transpose(1, 2).flatten(2)
+            if self.scales is not None:
+                # Its own forward, without hooks; less its bias, the map is linear.
+                difference = joined - args[0]
+                none = torch.zeros_like(difference[:1, :1])
+                changes.append(output_module.forward(difference) - output_module.forward(none))
+            return (joined, *args[1:])
 
         query_module = attention.get_submodule(projection.module)
         output_module = attention.get_submodule(parts.description.attention_output)

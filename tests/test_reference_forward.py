@@ -89,10 +89,11 @@ class Llama:
         x = w.rms_norm("input_layernorm", x)
         return [heads_of(w.linear(f"self_attn.{n}_proj", x)) for n in "qkv"]
 
+    def attention(self, w, x, memory=None, gate=None):
+        return w.linear("self_attn.o_proj", attend(*self.query_key_value(w, x), True, memory, gate))
+
     def layer(self, w, x, memory=None, gate=None):
-        x = x + w.linear(
-            "self_attn.o_proj", attend(*self.query_key_value(w, x), True, memory, gate)
-        )
+        x = x + self.attention(w, x, memory, gate)
         y = w.rms_norm("post_attention_layernorm", x)
         gated = F.silu(w.linear("mlp.gate_proj", y)) * w.linear("mlp.up_proj", y)
         return x + w.linear("mlp.down_proj", gated)
@@ -120,8 +121,11 @@ class Gpt2:
         joint = w.conv1d("attn.c_attn", w.layer_norm("ln_1", x))
         return [heads_of(part) for part in joint.chunk(3, dim=-1)]
 
+    def attention(self, w, x, memory=None, gate=None):
+        return w.conv1d("attn.c_proj", attend(*self.query_key_value(w, x), False, memory, gate))
+
     def layer(self, w, x, memory=None, gate=None):
-        x = x + w.conv1d("attn.c_proj", attend(*self.query_key_value(w, x), False, memory, gate))
+        x = x + self.attention(w, x, memory, gate)
         inner = F.gelu(w.conv1d("mlp.c_fc", w.layer_norm("ln_2", x)), approximate="tanh")
         return x + w.conv1d("mlp.c_proj", inner)
 
@@ -145,10 +149,13 @@ class Opt:
         x = w.layer_norm("self_attn_layer_norm", x)
         return [heads_of(w.linear(f"self_attn.{n}_proj", x)) for n in "qkv"]
 
-    def layer(self, w, x, memory=None, gate=None):
-        x = x + w.linear(
+    def attention(self, w, x, memory=None, gate=None):
+        return w.linear(
             "self_attn.out_proj", attend(*self.query_key_value(w, x), False, memory, gate)
         )
+
+    def layer(self, w, x, memory=None, gate=None):
+        x = x + self.attention(w, x, memory, gate)
         return x + w.linear("fc2", F.relu(w.linear("fc1", w.layer_norm("final_layer_norm", x))))
 
     def norm(self, w, x):
@@ -170,8 +177,7 @@ class Opt350m(Opt):
         return [heads_of(w.linear(f"self_attn.{n}_proj", x)) for n in "qkv"]
 
     def layer(self, w, x, memory=None, gate=None):
-        fused = attend(*self.query_key_value(w, x), False, memory, gate)
-        x = w.layer_norm("self_attn_layer_norm", x + w.linear("self_attn.out_proj", fused))
+        x = w.layer_norm("self_attn_layer_norm", x + self.attention(w, x, memory, gate))
         y = w.linear("fc2", F.relu(w.linear("fc1", x)))
         return w.layer_norm("final_layer_norm", x + y)
 
@@ -232,8 +238,9 @@ def plain_forward(model, family, ids, memory):
         reads = {"memory": memory, "gate": side.gates[0].double()} if number == reader else {}
         f = plain.layer(Weights(layer), s, **reads)
         scale = 1.0 if side.scales is None else side.scales[number].double()
+        changed = plain.attention(Weights(layer), s, **reads) - plain.attention(Weights(layer), s)
         upper, lower = min(reduction * (number + 1), depth), reduction * number
-        s = s + scale * (f - s) + (hidden[upper] - hidden[lower])
+        s = s + scale * (f - s) + (1 - scale) * changed + (hidden[upper] - hidden[lower])
     memory.write(keys, values)
     return plain.head(backbone, plain.norm(norm, s))
 
