@@ -9,10 +9,10 @@ forward = encode, read and, if asked, remember
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -317,23 +317,22 @@ class LongMemModel(nn.Module, GenerationMixin):
         finally:
             self._generating_rows = None
 
-    @contextmanager
-    def disable_memory(self) -> Iterator[None]:
+    def disable_memory(self) -> AbstractContextManager[None]:
         """Run the side network without memory inside the block."""
-        before, self._memory_on = self._memory_on, False
-        try:
-            yield
-        finally:
-            self._memory_on = before
+        return self._without("_memory_on")
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Run exactly the backbone inside the block."""
+        return self._without("_adapter_on")
 
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run exactly the backbone inside the block."""
-        before, self._adapter_on = self._adapter_on, False
+    def _without(self, switch: str) -> Iterator[None]:
+        before = getattr(self, switch)
+        setattr(self, switch, False)
         try:
             yield
         finally:
-            self._adapter_on = before
+            setattr(self, switch, before)
 
     def unwrap(self) -> PreTrainedModel:
         """Give the backbone back as it was before `wrap`; this model is not to be used after."""
@@ -369,6 +368,19 @@ class LongMemModel(nn.Module, GenerationMixin):
         """Set the side network's mode; the backbone stays in eval mode."""
         super().train(mode)
         self.backbone.eval()
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # Every way to another device or dtype comes through here; the memory has to go along.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if (self.memory.device, self.memory.dtype) != (self.device, self.backbone.dtype):
+            if len(self.memory):
+                raise ConfigError(
+                    f"the memory holds {len(self.memory)} tokens as {self.memory.dtype} on "
+                    f"{self.memory.device}, the model is now {self.backbone.dtype} on "
+                    f"{self.device}; move the model before it memorizes, or call memory.clear()"
+                )
+            self.memory = self.new_memory()
         return self
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:

@@ -458,6 +458,16 @@ def test_a_bfloat16_backbone_keeps_its_dtype_and_the_side_network_trains_in_floa
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
 
 
+@torch.no_grad()
+def test_memory_goes_where_the_model_goes(llama, make_tokens):
+    model = wrap(llama).to(torch.float64)
+    assert model.memory.dtype == torch.float64
+    model.memorize(make_tokens(1, 20))
+    model(make_tokens(1, 8))
+    with pytest.raises(ConfigError, match=r"memory holds 20 tokens as torch.float64 on cpu"):
+        model.to(torch.float32)
+
+
 # -------------------------------------------------------------------- what users get wrong
 
 
