@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
+from memlayer import __version__
 from memlayer.config import LongMemConfig
 from memlayer.errors import CheckpointError, ConfigError
 
@@ -43,7 +43,7 @@ def save_adapter(model: LongMemModel, directory: Path) -> None:
     weights = dump_tensors(_side_weights(model))
     config = {
         "format_version": FORMAT_VERSION,
-        "memlayer_version": version("memlayer-lm"),
+        "memlayer_version": __version__,
         "base_model_name_or_path": model.backbone.name_or_path,
         "base_model": _architecture(model.backbone),
         "base_model_sketch": _sketch(model.backbone).tolist(),

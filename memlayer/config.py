@@ -56,8 +56,8 @@ class LongMemConfig:
     """Tokens of one forward in training and evaluation: the local window."""
 
     side_init: SideInit = "identity"
-    """``"identity"``: the wrapped model starts as the backbone, exactly. ``"backbone"``: side
-    layers start as plain copies of backbone layers, as in the paper."""
+    """``"identity"``: with an empty memory the wrapped model starts as the backbone.
+    ``"backbone"``: side layers start as plain copies of backbone layers, as in the paper."""
 
     memory_distance: int | None = None
     """Tokens between a query and whatever it retrieves, as its rotary embedding sees it. None:

@@ -74,10 +74,12 @@ class LongMemModel(nn.Module, GenerationMixin):
         # A wrong backend option is the user's mistake now, not at the first write.
         self._make_backend(1, self.parts.head_dim, backbone.device)
         self.memory_config = config.for_depth(len(self.parts.layers))
+        self.side_network = SideNetwork(self.parts, self.memory_config)
+        # Nothing can be refused from here on: a backbone that is refused stays as it was.
         self._was = [(module, module.training) for module in backbone.modules()]
         self._required_grad = [(p, p.requires_grad) for p in backbone.parameters()]
-        self.backbone = backbone.requires_grad_(False).eval()
-        self.side_network = SideNetwork(self.parts, self.memory_config)
+        self.backbone = backbone.requires_grad_(False)
+        self.train(backbone.training)
         if not torch.finfo(next(backbone.parameters()).dtype).bits > 32:
             self.side_network.float()
         self.generation_config = backbone.generation_config
@@ -446,7 +448,7 @@ def wrap(
     """Give a Hugging Face decoder a long-term memory.
 
     The backbone is frozen and put in eval mode, and otherwise left alone; `LongMemModel.unwrap`
-    undoes that.
+    undoes that. The side network is in the mode that the backbone was in.
 
     Args:
         backbone: a causal-LM model of a family that an adapter describes.

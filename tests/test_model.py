@@ -105,6 +105,21 @@ def test_unwrapping_leaves_the_backbone_as_it_was(backbone, make_tokens):
     assert not any(hooks)
 
 
+def test_a_backbone_that_is_refused_stays_as_it_was(llama):
+    llama.train()
+    with pytest.raises(ConfigError):
+        wrap(llama, memory_layers=(2, 3))
+    assert llama.training
+    assert all(p.requires_grad for p in llama.parameters())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_side_network_starts_in_the_mode_that_the_backbone_was_in(mode, llama):
+    model = memlayer.wrap(llama.train(mode), memlayer.LongMemConfig(**SMALL))
+    assert {module.training for module in model.side_network.modules()} == {mode}
+    assert not any(module.training for module in llama.modules())
+
+
 def test_only_the_side_network_gets_gradients(backbone, make_tokens):
     model = trained(wrap(backbone)).train()
     model.memorize(make_tokens(2, 40, seed=1))

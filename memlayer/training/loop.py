@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memlayer import __version__
 from memlayer import checkpoint as adapter_checkpoint
 from memlayer.data import IGNORED, StreamBatches, tokenize_documents
 from memlayer.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -465,7 +466,7 @@ class Trainer:
             "backbone_name": self.model.backbone.name_or_path,
             "versions": {
                 "python": platform.python_version(),
-                "memlayer-lm": version("memlayer-lm"),
+                "memlayer-lm": __version__,
                 "torch": torch.__version__,
                 "transformers": version("transformers"),
                 "accelerate": version("accelerate"),

@@ -46,7 +46,7 @@ class TrainingOptions:
     """Peak learning rate of the side network's weights."""
 
     gate_learning_rate: float = 2e-2
-    """Peak learning rate of the gates and layer scales: single numbers that start at 0."""
+    """Peak learning rate of the gates and layer scales: single numbers that have far to go."""
 
     warmup: float = 0.05
     """Part of the steps over which learning rates rise from 0 to their peak, 0 to 1. From there
