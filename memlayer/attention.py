@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memlayer.errors import ShapeError
+from memlayer.memory.retrieved import read_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from memlayer.memory import Retrieved
 
@@ -63,7 +64,7 @@ class _MemoryAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, retrieved: Retrieved, scaling: float) -> Tensor:
         # query (N, D) with N = B * H * T; weights (N, K)
         places, found = retrieved.places.flatten(0, 2), retrieved.found.flatten(0, 2)
-        chunk_size = retrieved.keys.shape[1]
+        chunk_size, _ = retrieved.chunk_shape
         precision = torch.promote_types(query.dtype, torch.float32)
         weights = query.new_empty((places.shape[0], places.shape[1] * chunk_size), dtype=precision)
         output = torch.empty_like(query)
@@ -104,16 +105,16 @@ class _MemoryAttention(torch.autograd.Function):
 
 def _blocks(query: Tensor, retrieved: Retrieved) -> Iterator[slice]:
     """Cut N queries so that gathered keys or values take at most `_BLOCK_BYTES`."""
-    chunk_size, head_dim = retrieved.keys.shape[1:]
+    chunk_size, head_dim = retrieved.chunk_shape
     per_query = retrieved.places.shape[3] * chunk_size * head_dim * 4
     size = max(1, _BLOCK_BYTES // per_query)
     for start in range(0, query.shape[0], size):
         yield slice(start, start + size)
 
 
-def _gather(stored: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+def _gather(stores: Sequence[Tensor], places: Tensor, dtype: torch.dtype) -> Tensor:
     """Read chunks: ``(places, C, D)`` at ``(N, n)`` -> ``(N, n * C, D)``."""
-    return stored[places].flatten(1, 2).to(dtype)
+    return read_chunks(stores, places).flatten(1, 2).to(dtype)
 
 
 def _dot(vectors: Tensor, query: Tensor) -> Tensor:

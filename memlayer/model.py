@@ -26,9 +26,9 @@ from memlayer.decoders import DecoderParts, describe, find_parts
 from memlayer.errors import BackendUnavailableError, ConfigError, ShapeError
 from memlayer.inputs import decoder_inputs
 from memlayer.kv_cache import with_side_layers
-from memlayer.memory import MemoryBank
+from memlayer.memory import BankReader, MemoryBank, MemoryReader
 from memlayer.plugins import Plugins, default_plugins
-from memlayer.side_network import MemoryView, SideNetwork
+from memlayer.side_network import SideNetwork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,7 +151,7 @@ class LongMemModel(nn.Module, GenerationMixin):
     def read(
         self,
         states: BackboneStates,
-        memory: MemoryBank | None = None,
+        memory: MemoryBank | MemoryReader | None = None,
         *,
         expand: int = 1,
         logits_to_keep: int | Tensor = 0,
@@ -160,15 +160,15 @@ class LongMemModel(nn.Module, GenerationMixin):
 
         Args:
             states: what `encode` gave.
-            memory: the bank to read; None, or a bank with nothing in it, means local context only.
-            expand: consecutive batch rows that share one row of memory.
+            memory: what to read; None, or a memory with nothing in it, means local context only.
+            expand: consecutive batch rows that share one row of a bank.
             logits_to_keep: how many last positions to give logits for (0: all), or which.
 
         Returns:
             Logits ``(B, T, V)``, of fewer positions if so asked.
         """
-        view = None if memory is None else MemoryView(memory, expand)
-        hidden = self.side_network(states, view)
+        reader = BankReader(memory, expand) if isinstance(memory, MemoryBank) else memory
+        hidden = self.side_network(states, reader)
         return self._head(_keep(hidden, logits_to_keep))
 
     def backbone_logits(self, states: BackboneStates, logits_to_keep: int | Tensor = 0) -> Tensor:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,20 +36,7 @@ from memlayer.errors import ConfigError
 if TYPE_CHECKING:
     from memlayer.config import LongMemConfig
     from memlayer.decoders import DecoderParts
-    from memlayer.memory import MemoryBank
-
-
-@dataclass(frozen=True)
-class MemoryView:
-    """A bank as one forward reads it.
-
-    Attributes:
-        bank: what is read.
-        expand: consecutive batch rows that share a row of the bank.
-    """
-
-    bank: MemoryBank
-    expand: int = 1
+    from memlayer.memory import MemoryReader
 
 
 GENTLE_GATE = -1.5
@@ -110,13 +96,13 @@ class SideNetwork(nn.Module):
             self.scales = nn.Parameter(torch.zeros(len(sources), device=_device(parts)))
         self.memory_distance = config.memory_distance
 
-    def forward(self, states: BackboneStates, memory: MemoryView | None = None) -> Tensor:
+    def forward(self, states: BackboneStates, memory: MemoryReader | None = None) -> Tensor:
         """Give the final hidden states, normed: ``(B, T, E)``.
 
         Args:
             states: of one backbone pass, with the outputs of ``boundaries`` and the calls of
                 ``sources``.
-            memory: what to read; None leaves memory attention out, and so does an empty bank.
+            memory: what to read; None leaves memory attention out, and so does an empty memory.
         """
         dtype = next(self.layers.parameters()).dtype
         inner = [hidden.to(dtype) for hidden in states.hidden_states]
@@ -125,7 +111,7 @@ class SideNetwork(nn.Module):
         for number, (layer, call) in enumerate(zip(self.layers, states.calls, strict=True)):
             changes: list[Tensor] = []
             with ExitStack() as hooks:
-                if memory is not None and memory.bank.is_readable and number in readers:
+                if memory is not None and memory.is_readable and number in readers:
                     reading = self._reading(layer, readers[number], memory, changes)
                     hooks.enter_context(reading)
                 output = first_tensor(layer(hidden, *call.args, **call.kwargs))
@@ -160,7 +146,7 @@ class SideNetwork(nn.Module):
 
     @contextmanager
     def _reading(
-        self, layer: nn.Module, number: int, memory: MemoryView, changes: list[Tensor]
+        self, layer: nn.Module, number: int, memory: MemoryReader, changes: list[Tensor]
     ) -> Iterator[None]:
         """Let one layer's attention read memory layer ``number`` while this is entered.
 
@@ -176,7 +162,7 @@ class SideNetwork(nn.Module):
 
         def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query = queries.pop()
-            retrieved = memory.bank.retrieve(query, layer=number, expand=memory.expand)
+            retrieved = memory.retrieve(query, layer=number)
             recalled = memory_attention(self._rotate(query), retrieved, parts.scaling(attention))
             # (B, T, H * D) <-> (B, H, T, D)
             local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)

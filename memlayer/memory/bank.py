@@ -259,8 +259,8 @@ class MemoryBank:
             scores=as_queries(result.scores),
             found=as_queries(result.ids >= 0),
             places=as_queries(places),
-            keys=ring.keys[layer].flatten(0, 2),
-            values=ring.values[layer].flatten(0, 2),
+            keys=(ring.keys[layer].flatten(0, 2),),
+            values=(ring.values[layer].flatten(0, 2),),
             intact=self._watch(ring),
         )
 

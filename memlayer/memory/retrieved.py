@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,8 +19,10 @@ class Retrieved:
             -1 where fewer than ``n`` chunks are stored.
         scores: ``(B, H, T, n)``, float32. Inner products of query and chunk key; -inf at -1.
         found: ``(B, H, T, n)``, bool. ``ids >= 0``.
-        places: ``(B, H, T, n)``, int64. Rows of ``keys`` and ``values``; valid where not found too.
-        keys: ``(places, C, D)``. The ring of one memory layer, flattened; not a copy.
+        places: ``(B, H, T, n)``, int64. Positions in ``keys`` and ``values``, counted through all
+            stores; valid where not found too.
+        keys: stores of ``(places, C, D)``, one after the other: of one memory layer of each memory
+            that was searched, flattened; not copies.
         values: likewise.
         intact: whether what was found is still there, to be asked before it is read again.
     """
@@ -29,9 +31,15 @@ class Retrieved:
     scores: Tensor
     found: Tensor
     places: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
     intact: Callable[[], bool]
+
+    @property
+    def chunk_shape(self) -> tuple[int, int]:
+        """C tokens of D numbers in each chunk."""
+        chunk_size, head_dim = self.keys[0].shape[1:]
+        return chunk_size, head_dim
 
     def gather(self) -> tuple[Tensor, Tensor, Tensor]:
         """Copy out everything found; for a few queries only, since this is K times their size.
@@ -40,8 +48,41 @@ class Retrieved:
             Keys and values, each ``(B, H, T, K, D)``, and the mask ``(B, H, T, K)``, bool, of
             those that were found.
         """
-        chunk_size, head_dim = self.keys.shape[-2:]
+        chunk_size, head_dim = self.chunk_shape
         shape = (*self.ids.shape[:3], -1)
-        keys = self.keys[self.places].reshape(*shape, head_dim)
-        values = self.values[self.places].reshape(*shape, head_dim)
+        keys, values = (
+            read_chunks(stores, self.places).reshape(*shape, head_dim)
+            for stores in (self.keys, self.values)
+        )
         return keys, values, self.found.repeat_interleave(chunk_size, dim=-1)
+
+    def select(self, rows: Tensor) -> Retrieved:
+        """Keep some batch rows, given by number ``(b,)``."""
+        return replace(
+            self,
+            ids=self.ids[rows],
+            scores=self.scores[rows],
+            found=self.found[rows],
+            places=self.places[rows],
+        )
+
+
+def read_chunks(stores: Sequence[Tensor], places: Tensor) -> Tensor:
+    """Copy chunks out of stores.
+
+    Args:
+        stores: ``(places, C, D)`` each.
+        places: any shape, int64, counted through all stores.
+
+    Returns:
+        ``(*places.shape, C, D)``.
+    """
+    if len(stores) == 1:
+        return stores[0][places]
+    chunks = stores[0].new_empty(*places.shape, *stores[0].shape[1:])
+    first = 0
+    for store in stores:
+        inside = (places >= first) & (places < first + len(store))
+        chunks[inside] = store[places[inside] - first]
+        first += len(store)
+    return chunks
