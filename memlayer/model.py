@@ -8,7 +8,7 @@ forward = encode, read and, if asked, remember
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +20,11 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlayer import checkpoint
-from memlayer.capture import BackboneStates, run_backbone, run_to_memory_layers
+from memlayer.capture import BackboneStates, run_backbone
 from memlayer.config import LongMemConfig
 from memlayer.decoders import DecoderParts, describe, find_parts
 from memlayer.errors import BackendUnavailableError, ConfigError, ShapeError
+from memlayer.ingestion import memorize_stream
 from memlayer.inputs import decoder_inputs
 from memlayer.kv_cache import with_side_layers
 from memlayer.memory import BankReader, MemoryBank, MemoryReader
@@ -263,33 +264,38 @@ class LongMemModel(nn.Module, GenerationMixin):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def memorize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    def memorize(
+        self,
+        input_ids: Tensor | Iterable[Tensor],
+        attention_mask: Tensor | Iterable[Tensor] | None = None,
+        *,
+        document: str | Sequence[str | None] | None = None,
+        keep_text: bool = True,
+    ) -> None:
         """Append text to each row's memory.
 
         The text is read in segments of ``segment_length``, the backbone running only up to the
-        last memory layer.
+        last memory layer. A row's text may come in any pieces, in one call or many: the memory is
+        the same, to rounding. For that the memory keeps the token ids of each row's open segment,
+        and a call computes again (but does not write again) the beginning of the segment that the
+        call before left open: at most ``segment_length - 1`` tokens a row.
 
         Args:
-            input_ids: ``(B, T)``, int64, any length.
-            attention_mask: ``(B, T)``, 0 for padding, on either side.
+            input_ids: ``(B, T)``, int64, any length; or pieces of that form of one batch, taken
+                from an iterable one at a time, of which no more than a segment waits.
+            attention_mask: ``(B, T)``, 0 for padding, on either side; or one a piece.
+            document: the name of what is read, or one per row. A name other than that of the
+                row's present document begins a document and a segment, its offsets counted from 0;
+                the same name, or None, continues. A row that was given no name reads a document
+                without one.
+            keep_text: whether token ids are kept beside the keys, so that what is retrieved can be
+                shown as text. Documents and offsets always are, and the open segment's ids.
 
         Raises:
             ShapeError: if the shapes do not fit, or not the rows that memory already holds.
+            ConfigError: if there is not one document a row, or a name is empty.
         """
-        if input_ids.dim() != 2:
-            raise ShapeError(f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ShapeError(
-                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        for start in range(0, input_ids.shape[1], self.memory_config.segment_length):
-            part = slice(start, start + self.memory_config.segment_length)
-            mask = None if attention_mask is None else attention_mask[:, part]
-            inputs, real = decoder_inputs(self.parts, input_ids[:, part], mask)
-            states = run_to_memory_layers(self.parts, self._memory_layers, **inputs)
-            states.attention_mask = real
-            self.remember(states)
+        memorize_stream(self, input_ids, attention_mask, document=document, keep_text=keep_text)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

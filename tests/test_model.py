@@ -206,12 +206,13 @@ def test_updating_in_a_forward_remembers_what_memorize_does(backbone, make_token
     forward, early = wrap(backbone), wrap(backbone)
     forward(ids, attention_mask=mask, update_memory=True)
     early.memorize(ids, attention_mask=mask)
-    query = torch.randn(2, 4, 3, 8)
+    query = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(0))
     assert forward.memory.lengths.tolist() == early.memory.lengths.tolist() == [10, 16]
     for mine, expected in zip(
         early.memory.retrieve(query).gather(), forward.memory.retrieve(query).gather(), strict=True
     ):
-        assert torch.equal(mine, expected)
+        # Ingestion leaves the mask of right padding away: the same sums, in another order.
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

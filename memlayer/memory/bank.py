@@ -1,7 +1,7 @@
 """The memory bank: keys and values of past tokens, and the index that finds them.
 
-    write:    (B, H_kv, T, D) ─ tail of the row ─► whole chunks ─► ring (keys, values)
-                                                └─► mean of the chunk's keys ─► index
+    write:    (B, H_kv, T, D) ─ waiting tokens ─► whole chunks ─► ring (keys, values, sources)
+                                               └─► mean of the chunk's keys ─► index
     retrieve: (B, H, T, D) ─► search, K/C chunks a query ─► places in the ring
 
 Rows never see each other: each row and key/value head is a lane of its own in the index. The query
@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from memlayer.errors import ShapeError
-from memlayer.memory import persistence
+from memlayer.memory import checks, persistence
+from memlayer.memory.documents import DocumentRecord, Documents
+from memlayer.memory.reading import Reading, ended, forgotten
 from memlayer.memory.retrieved import Retrieved
-from memlayer.memory.ring import ChunkRing
+from memlayer.memory.ring import ChunkRing, Chunks
+from memlayer.memory.waiting import NewTokens, WaitingTokens
 
 if TYPE_CHECKING:
     from memlayer.retrieval import RetrievalBackend
@@ -32,7 +35,8 @@ class MemoryBank:
     """A FIFO memory per row, in chunks, searchable by inner product.
 
     The number of rows is that of the first batch written; after `clear()` another may follow. A
-    chunk that is not whole yet waits in a tail and cannot be retrieved; padding is never stored.
+    token whose chunk is not whole yet waits and cannot be retrieved; padding is never stored.
+    Beside each token stands where it came from, which `look_up` gives back.
 
     Args:
         capacity: tokens per row that can be retrieved, a multiple of ``chunk_size``.
@@ -49,6 +53,12 @@ class MemoryBank:
         slack: tokens beyond ``capacity`` that stay readable for a backward pass.
         identity: what these keys and values are of (model, layers); a saved bank of another
             identity is refused.
+
+    Attributes:
+        reading: where the reading of each batch row's text stands; `LongMemModel.memorize` goes on
+            from there.
+        tokenizer: a fingerprint of the tokenizer behind the token ids, if whoever memorizes says
+            so; saved and loaded.
     """
 
     def __init__(
@@ -77,9 +87,9 @@ class MemoryBank:
         self.device = torch.device(device)
         self.shared = shared
         self.identity = identity
+        self.tokenizer: str | None = None
+        self.reading: Reading
         self._make_index = make_index
-        self._tail_keys: Tensor
-        self._tail_values: Tensor
         self._slack_chunks = -(-slack // chunk_size) + 1
         self._forget_everything()
 
@@ -103,13 +113,35 @@ class MemoryBank:
         """Tokens held by each row, waiting ones included: ``(rows,)``, int64, on the CPU."""
         if self._ring is None:
             return torch.zeros(0, dtype=torch.int64)
-        written = self._ring.written * self.chunk_size + self._tail_lengths
-        return written.clamp(max=self.capacity)
+        held = self._held_chunks() * self.chunk_size + self._held_waiting().lengths
+        return held.clamp(max=self.capacity)
 
     @property
     def is_readable(self) -> bool:
         """Whether any row holds a whole chunk."""
-        return self._ring is not None and bool(self._ring.written.any())
+        return self._ring is not None and bool(self._held_chunks().any())
+
+    @property
+    def documents(self) -> list[str]:
+        """Names of the documents that were memorized; a document's number is its place here."""
+        return self._documents.names
+
+    @property
+    def document_records(self) -> tuple[DocumentRecord, ...]:
+        """What is known of each document, in the order of `documents`."""
+        return self._documents.records
+
+    def document_number(self, name: str) -> int:
+        """Give a document's number; a new name is added.
+
+        Raises:
+            ConfigError: if the name is not text, or empty.
+        """
+        return self._documents.number(name)
+
+    def note_document(self, name: str, *, sha256: str, complete: bool) -> None:
+        """Record the checksum of a document's token ids, and whether all of it is memorized."""
+        self._documents.update(name, sha256=sha256, complete=complete)
 
     # ---------------------------------------------------------------- writing
 
@@ -121,6 +153,9 @@ class MemoryBank:
         keys: Tensor | Sequence[Tensor],
         values: Tensor | Sequence[Tensor],
         mask: Tensor | None = None,
+        sources: Tensor | None = None,
+        *,
+        reading: Reading | None = None,
     ) -> None:
         """Append tokens to each row's memory, dropping the oldest chunks of a full one.
 
@@ -128,80 +163,48 @@ class MemoryBank:
             keys: ``(B, H_kv, T, D)``, one tensor per memory layer (a single one may stand alone).
             values: likewise.
             mask: ``(B, T)``, bool or integer; tokens where it is 0 are padding and not stored.
+            sources: ``(B, T, 3)``, int64. Token id, document number and offset in the document of
+                each token, -1 for what is not known; all -1 if None.
+            reading: where the reading of each row's text stands after this. None: the open segments
+                of the rows that are written end, since these tokens did not go through them.
 
         Raises:
             ShapeError: if a shape, a device or the number of rows is wrong, or a key or value is
                 NaN or infinite; nothing is stored then.
         """
-        new_keys, new_values = self._stack("keys", keys), self._stack("values", values)
-        if new_keys.shape != new_values.shape:
-            raise ShapeError(
-                f"keys and values must have the same shape, got {tuple(new_keys.shape[1:])} and "
-                f"{tuple(new_values.shape[1:])}"
-            )
-        mask = self._check_mask(mask, new_keys)
+        new_keys = checks.stack_layers(self, "keys", keys)
+        new_values = checks.stack_layers(self, "values", values)
+        checks.check_same_shape(new_keys, new_values)
+        mask = checks.check_mask(mask, new_keys)
+        sources = checks.check_sources(sources, new_keys)
+        rows = list(range(new_keys.shape[1]))
+        if mask is not None and not self.shared:
+            rows = mask.any(dim=1).nonzero().flatten().tolist()
         if self.shared:
             new_keys, new_values = _join_rows(new_keys), _join_rows(new_values)
+            sources = sources.reshape(1, -1, 3)
             mask = None if mask is None else mask.reshape(1, -1)
-        self._check_rows(new_keys.shape[1])
+        checks.check_rows(self, new_keys.shape[1])
         if self._ring is None:
             self._allocate(new_keys.shape[1])
+        new = NewTokens(keys=new_keys, values=new_values, sources=sources, mask=mask)
         # A piece may not lap the ring: its chunks must all have slots of their own.
         piece = self._slack_chunks * self.chunk_size
         for start in range(0, new_keys.shape[3], piece):
-            part = slice(start, start + piece)
-            self._append(
-                new_keys[:, :, :, part],
-                new_values[:, :, :, part],
-                None if mask is None else mask[:, part],
-            )
+            self._append(self._held_waiting().cut(new.part(slice(start, start + piece))))
+        self.reading = ended(self.reading, rows) if reading is None else reading
+        for place in reading or ():
+            if place.document >= 0:
+                self._documents.read_to(place.document, place.offset)
 
-    def _append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        ring = self._held_ring()
-        order, lengths = self._packing(keys.shape[3], mask)
-        packed_keys = _pack(self._tail_keys, keys, order)
-        packed_values = _pack(self._tail_values, values, order)
-        whole = lengths // self.chunk_size
-        self._keep_tail(packed_keys, packed_values, whole, lengths)
-        most = int(whole.max())
-        if most == 0:
-            return
-        chunk_keys, chunk_values = (
-            packed[:, :, :, : most * self.chunk_size].unflatten(3, (most, self.chunk_size))
-            for packed in (packed_keys, packed_values)
-        )
-        self._index_chunks(chunk_keys.float().mean(dim=-2), whole)
-        ring.append(chunk_keys, chunk_values, whole)
-
-    def _packing(self, tokens: int, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Say how a row's waiting and new tokens become one sequence without gaps.
-
-        Returns:
-            The order ``(rows, C - 1 + tokens)`` in which to take them, or None if all tails are
-            empty and nothing is padding; and how many there are in each row, ``(rows,)``.
-        """
-        waiting = self._tail_lengths
-        if mask is None and not waiting.any():
-            return None, torch.full_like(waiting, tokens)
-        in_tail = torch.arange(self.chunk_size - 1) < waiting.unsqueeze(1)
-        if mask is None:
-            mask = torch.ones(self.rows, tokens, dtype=torch.bool)
-        real = torch.cat([in_tail, mask.cpu()], dim=1)
-        order = torch.argsort(~real, dim=1, stable=True)
-        return order.to(self.device), real.sum(dim=1)
-
-    def _keep_tail(self, keys: Tensor, values: Tensor, whole: Tensor, lengths: Tensor) -> None:
-        start = (whole * self.chunk_size).unsqueeze(1) + torch.arange(self.chunk_size - 1)
-        start = start.clamp(max=keys.shape[3] - 1).to(self.device)
-        precision = self._tail_keys.dtype
-        self._tail_keys = _take(keys, start).to(precision)
-        self._tail_values = _take(values, start).to(precision)
-        self._tail_lengths = lengths - whole * self.chunk_size
+    def _append(self, chunks: Chunks) -> None:
+        if chunks.counts.any():
+            self._index_chunks(chunks.chunk_keys, chunks.counts)
+            self._held_ring().append(chunks)
 
     def _index_chunks(self, chunk_keys: Tensor, counts: Tensor) -> None:
         """Add ``(layers, rows, H_kv, n, D)`` chunk keys, dropping what no longer has room."""
-        written = self._held_ring().written
-        held = written.clamp(max=self._capacity_chunks)
+        held = self._held_chunks()
         overflow = (held + counts - self._capacity_chunks).clamp(min=0)
         # Rows that take and drop alike go together: one call in all, unless padding differs.
         for count, dropped in sorted(set(zip(counts.tolist(), overflow.tolist(), strict=True))):
@@ -240,7 +243,7 @@ class MemoryBank:
         batch, heads, tokens, head_dim = queries.shape
         expand = batch if self.shared else expand
         ring = self._held_ring()
-        self._check_queries(queries, expand)
+        checks.check_queries(self, queries, expand)
         chunks = (self.top_k if top_k is None else top_k) // self.chunk_size
         group = heads // self.num_key_value_heads
         # (B, H, T, D) -> (lanes, expand * group * T, D)
@@ -252,10 +255,11 @@ class MemoryBank:
             apart = found.reshape(self.rows, self.num_key_value_heads, expand, group, tokens, -1)
             return apart.transpose(1, 2).reshape(batch, heads, tokens, -1)
 
-        held = result.ids.unflatten(0, (self.rows, self.num_key_value_heads))
+        ids = self._chunk_numbers(result.ids)
+        held = ids.unflatten(0, (self.rows, self.num_key_value_heads))
         places = ring.locate(held.clamp(min=0))
         return Retrieved(
-            ids=as_queries(result.ids),
+            ids=as_queries(ids),
             scores=as_queries(result.scores),
             found=as_queries(result.ids >= 0),
             places=as_queries(places),
@@ -266,7 +270,7 @@ class MemoryBank:
 
     def _watch(self, ring: ChunkRing) -> Callable[[], bool]:
         """Remember which chunks can be read now; the result says if none was overwritten since."""
-        oldest = ring.base + (ring.written - self._capacity_chunks).clamp(min=0)
+        oldest = ring.base + ring.written - self._held_chunks()
         keys = ring.keys
 
         def intact() -> bool:
@@ -276,10 +280,44 @@ class MemoryBank:
 
         return intact
 
+    def _chunk_numbers(self, ids: Tensor) -> Tensor:
+        """Turn an index's insertion numbers ``(lanes, ...)`` into chunk numbers; -1 stays."""
+        if not self._index_offsets.any():
+            return ids
+        offsets = self._index_offsets.repeat_interleave(self.num_key_value_heads).to(ids.device)
+        return torch.where(ids < 0, ids, ids + offsets.view(-1, *(1,) * (ids.dim() - 1)))
+
+    def look_up(self, retrieved: Retrieved | Tensor, *, expand: int = 1) -> Tensor:
+        """Say where chunks came from; for inspection, of a few queries.
+
+        Args:
+            retrieved: what `retrieve` found, or chunk numbers ``(B, H, T, n)``, int64.
+            expand: consecutive batch rows that read one row of memory. A shared bank ignores it.
+
+        Returns:
+            ``(B, H, T, n, C, 3)``, int64, on the CPU: token id, document number and offset in the
+            document of each token of each chunk. -1 for what is not known, and wherever the chunk
+            was not found or is no longer held.
+
+        Raises:
+            ShapeError: if the batch does not fit the bank.
+        """
+        ids = (retrieved.ids if isinstance(retrieved, Retrieved) else retrieved).cpu()
+        if ids.dim() != 4:
+            raise ShapeError(f"chunk numbers must have shape (B, H, T, n), got {tuple(ids.shape)}")
+        ring, batch = self._held_ring(), ids.shape[0]
+        expand = batch if self.shared else expand
+        checks.check_batch(self, batch, expand)
+        rows = (torch.arange(batch) // expand).view(-1, 1, 1, 1).expand_as(ids)
+        held = ids >= (ring.written - self._held_chunks())[rows]
+        held &= (ids < ring.written[rows]) & (ids >= 0)
+        found = ring.sources_of(rows, ids.where(held, 0))
+        return found.masked_fill(~held[..., None, None], -1)
+
     # ---------------------------------------------------------------- forgetting, keeping
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
-        """Forget what these rows hold; None: all of them, and how many there were.
+        """Forget what these rows hold; None: all of them, how many there were, and all documents.
 
         Raises:
             ShapeError: if there is no such row.
@@ -293,7 +331,9 @@ class MemoryBank:
             return
         chosen = torch.tensor(sorted(set(rows)))
         self._held_ring().clear(chosen)
-        self._tail_lengths[chosen] = 0
+        self._held_waiting().clear(chosen)
+        self._index_offsets[chosen] = 0
+        self.reading = forgotten(self.reading, range(len(self.reading)) if self.shared else rows)
         for index in self._indexes:
             index.clear(self._lanes(chosen))
 
@@ -326,104 +366,44 @@ class MemoryBank:
             raise ShapeError("the memory is empty: write to it before reading")
         return self._ring
 
+    def _held_waiting(self) -> WaitingTokens:
+        assert self._waiting is not None  # It comes and goes with the ring.
+        return self._waiting
+
+    def _held_chunks(self) -> Tensor:
+        """Count each row's chunks that can be retrieved: ``(rows,)``, int64, on the CPU."""
+        ring = self._held_ring()
+        return (ring.written - ring.first).clamp(max=self._capacity_chunks)
+
     def _forget_everything(self) -> None:
         self._ring: ChunkRing | None = None
+        self._waiting: WaitingTokens | None = None
         self._indexes: list[RetrievalBackend] = []
-        empty = torch.zeros(0, device=self.device)
-        self._tail_keys, self._tail_values = empty, empty
-        self._tail_lengths = torch.zeros(0, dtype=torch.int64)
+        self._index_offsets = torch.zeros(0, dtype=torch.int64)
+        self._documents = Documents()
+        self.reading = ()
 
     def _allocate(self, rows: int) -> None:
         heads = self.num_key_value_heads
         self._indexes = [self._make_index(rows * heads) for _ in range(self.num_layers)]
+        self._index_offsets = torch.zeros(rows, dtype=torch.int64)
+        shape = (self.num_layers, rows, heads, self.chunk_size, self.head_dim)
         self._ring = ChunkRing(
-            (self.num_layers, rows, heads, self.chunk_size, self.head_dim),
+            shape,
             slots=self._capacity_chunks + self._slack_chunks + 1,
             dtype=self.dtype,
             device=self.device,
         )
-        # Waiting tokens keep the precision that they came in, for the mean of their chunk.
-        tail = (self.num_layers, rows, heads, self.chunk_size - 1, self.head_dim)
-        precision = torch.promote_types(self.dtype, torch.float32)
-        self._tail_keys = torch.zeros(tail, dtype=precision, device=self.device)
-        self._tail_values = torch.zeros_like(self._tail_keys)
-        self._tail_lengths = torch.zeros(rows, dtype=torch.int64)
+        self._waiting = WaitingTokens(
+            shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device
+        )
 
     def _lanes(self, rows: Tensor) -> list[int]:
         heads = torch.arange(self.num_key_value_heads)
         lanes: list[int] = (rows.unsqueeze(1) * self.num_key_value_heads + heads).flatten().tolist()
         return lanes
 
-    def _stack(self, name: str, tensors: Tensor | Sequence[Tensor]) -> Tensor:
-        layers = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        if len(layers) != self.num_layers:
-            raise ShapeError(
-                f"{name} must be one tensor per memory layer ({self.num_layers}), got {len(layers)}"
-            )
-        for tensor in layers:
-            fits = (
-                tensor.dim() == 4
-                and tensor.shape == layers[0].shape
-                and tensor.shape[1] == self.num_key_value_heads
-                and tensor.shape[3] == self.head_dim
-            )
-            if not fits:
-                raise ShapeError(
-                    f"{name} must have shape (B, H_kv={self.num_key_value_heads}, T, "
-                    f"D={self.head_dim}), got {tuple(tensor.shape)}"
-                )
-            if tensor.device != self.device:
-                raise ShapeError(f"{name} must be on {self.device}, got {tensor.device}")
-            if not tensor.is_floating_point():
-                raise ShapeError(f"{name} must be floating point, got {tensor.dtype}")
-            if not tensor.isfinite().all():
-                raise ShapeError(f"{name} must be finite, got NaN or infinity; nothing was stored")
-        return torch.stack([tensor.detach() for tensor in layers])
-
-    def _check_mask(self, mask: Tensor | None, keys: Tensor) -> Tensor | None:
-        if mask is None:
-            return None
-        expected = (keys.shape[1], keys.shape[3])
-        if mask.shape != expected:
-            raise ShapeError(f"mask must have shape (B, T)={expected}, got {tuple(mask.shape)}")
-        mask = mask.bool()
-        return None if mask.all() else mask
-
-    def _check_rows(self, rows: int) -> None:
-        if self.rows and rows != self.rows:
-            raise ShapeError(
-                f"the memory holds {self.rows} rows, got a batch of {rows}; call memory.clear() "
-                "to start again with another batch size"
-            )
-
-    def _check_queries(self, queries: Tensor, expand: int) -> None:
-        batch, heads, _, head_dim = queries.shape
-        if batch != self.rows * expand:
-            raise ShapeError(
-                f"the memory holds {self.rows} rows, got a batch of {batch}; use the batch that "
-                "was memorized, or call memory.clear() first"
-            )
-        if heads % self.num_key_value_heads or head_dim != self.head_dim:
-            raise ShapeError(
-                f"queries must have a multiple of {self.num_key_value_heads} heads of "
-                f"{self.head_dim}, got {heads} heads of {head_dim}"
-            )
-
 
 def _join_rows(tensors: Tensor) -> Tensor:
     """Join all rows' tokens: ``(layers, B, H, T, D) -> (layers, 1, H, B * T, D)``."""
     return tensors.transpose(1, 2).flatten(2, 3).unsqueeze(1)
-
-
-def _pack(tail: Tensor, new: Tensor, order: Tensor | None) -> Tensor:
-    """Join waiting and new tokens of every row, real ones first."""
-    if order is None:
-        return new
-    return _take(torch.cat([tail, new.to(tail.dtype)], dim=3), order)
-
-
-def _take(tokens: Tensor, order: Tensor) -> Tensor:
-    """Pick tokens: ``(layers, rows, H, T, D)`` by ``(rows, n)`` -> ``(layers, rows, H, n, D)``."""
-    layers, rows, heads, _, dim = tokens.shape
-    index = order.view(1, rows, 1, -1, 1).expand(layers, rows, heads, order.shape[1], dim)
-    return torch.gather(tokens, 3, index)

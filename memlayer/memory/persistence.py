@@ -18,14 +18,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from memlayer.errors import MemoryFormatError
+from memlayer.memory.ring import Chunks
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from memlayer.memory.bank import MemoryBank
 
 FORMAT_VERSION = 1
@@ -94,24 +95,20 @@ def _settings(bank: MemoryBank) -> dict[str, Any]:
 
 
 def _contents(bank: MemoryBank) -> dict[str, Tensor]:
-    ring = bank._held_ring()
-    held = ring.written.clamp(max=bank._capacity_chunks)
-    most = max(int(held.max()), 1)
-    # (rows, H_kv, most): the chunks that can be read, oldest first; repeats beyond a row's count.
-    first = ring.written - held
-    ids = first.unsqueeze(1) + torch.minimum(
-        torch.arange(most), (held - 1).clamp(min=0).unsqueeze(1)
-    )
-    ids = ids.unsqueeze(1).expand(-1, bank.num_key_value_heads, -1).to(bank.device)
-    places = ring.locate(ids)
+    ring, waiting = bank._held_ring(), bank._held_waiting()
+    held = bank._held_chunks()
+    chunks = ring.read(ring.written - held, ring.written)
     return {
-        "keys": ring.keys.flatten(1, 3)[:, places].contiguous(),
-        "values": ring.values.flatten(1, 3)[:, places].contiguous(),
+        "keys": chunks.keys,
+        "values": chunks.values,
+        "chunk_keys": chunks.chunk_keys,
+        "sources": chunks.sources,
         "held": held,
         "written": ring.written.clone(),
-        "tail_keys": bank._tail_keys.contiguous(),
-        "tail_values": bank._tail_values.contiguous(),
-        "tail_lengths": bank._tail_lengths.clone(),
+        "tail_keys": waiting.keys.contiguous(),
+        "tail_values": waiting.values.contiguous(),
+        "tail_sources": waiting.sources.contiguous(),
+        "tail_lengths": waiting.lengths.clone(),
     }
 
 
@@ -120,14 +117,23 @@ def _restore(bank: MemoryBank, rows: int, tensors: dict[str, Tensor], directory:
     try:
         bank._forget_everything()
         bank._allocate(rows)
-        ring = bank._held_ring()
+        ring, waiting = bank._held_ring(), bank._held_waiting()
         held, written = tensors["held"], tensors["written"]
-        ring.append(tensors["keys"].to(bank.device), tensors["values"].to(bank.device), held)
+        ring.append(
+            Chunks(
+                keys=tensors["keys"].to(bank.device),
+                values=tensors["values"].to(bank.device),
+                chunk_keys=tensors["chunk_keys"].to(bank.device),
+                sources=tensors["sources"],
+                counts=held,
+            )
+        )
         # Numbers go on from where they were: chunk `written - held` lies in slot 0.
         ring.base, ring.written = held - written, written.clone()
-        bank._tail_keys = tensors["tail_keys"].to(bank.device)
-        bank._tail_values = tensors["tail_values"].to(bank.device)
-        bank._tail_lengths = tensors["tail_lengths"]
+        waiting.keys = tensors["tail_keys"].to(bank.device)
+        waiting.values = tensors["tail_values"].to(bank.device)
+        waiting.sources = tensors["tail_sources"]
+        waiting.lengths = tensors["tail_lengths"]
         for number, index in enumerate(bank._indexes):
             index.load(directory / f"index-{number}")
             if index.counts().view(rows, -1).ne(held.unsqueeze(1)).any():
