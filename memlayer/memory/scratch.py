@@ -245,7 +245,8 @@ class ScratchMemory:
 def _regrouped(stored: Tensor, order: Tensor, slots: int) -> Tensor:
     """Take each group's slots in an order: ``(layers, G, H_kv, old, ...)`` by ``(G, n)``."""
     groups = torch.arange(len(order), device=stored.device).unsqueeze(1)
-    taken = stored.new_empty(*stored.shape[:3], slots, *stored.shape[4:])
+    # Zeros: a slot that holds no chunk is read too, with weight 0, and must be finite.
+    taken = stored.new_zeros(*stored.shape[:3], slots, *stored.shape[4:])
     # (G, n, layers, H_kv, ...), as index arrays that are apart give it.
     taken[:, :, :, : order.shape[1]] = stored[:, groups, :, order].movedim((0, 1), (1, 3))
     return taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from memlayer.attention import memory_attention
 from memlayer.errors import ConfigError
 from memlayer.memory import MemoryBank, SelectedRows, StackedReader
 from memlayer.memory.readers import BankReader
@@ -109,6 +110,28 @@ def test_storage_stays_bounded_and_is_given_back_by_beams_that_lost():
         scratch.reorder(torch.tensor([0, 0]))
     # 12 chunks each sees, the newest of them twice, and room for the next.
     assert scratch.allocated_chunks <= 32
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan():
+    """Let PyTorch fill what it allocates without initializing it with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+def test_slots_without_a_chunk_are_finite_since_weight_0_does_not_hide_nan():
+    assert torch.empty(3).isnan().all()
+    scratch = make_scratch()
+    keys, values = segments(1, 4, seed=1)
+    scratch.append(keys, values, torch.tensor([2]), torch.tensor([0]))
+    queries = draw(4, 4, 3, DIM, seed=2)
+    retrieved = scratch.retrieve(queries, layer=0)
+    assert retrieved.found.any(dim=-1).tolist() == [[[row == 2] * 3] * 4 for row in range(4)]
+    attended = memory_attention(queries, retrieved, 0.5)
+    assert attended.isfinite().all()
+    assert attended[[0, 1, 3]].eq(0).all()
 
 
 def test_long_queries_are_searched_in_blocks_with_the_same_answers(monkeypatch):
