@@ -20,7 +20,7 @@ from memlayer.inspection.options import InspectionOptions
 
 if TYPE_CHECKING:
     from memlayer.inspection.page import render_page, write_page
-    from memlayer.inspection.prompt import inspect_prompt, inspect_tokens
+    from memlayer.inspection.prompt import inspect_completion, inspect_prompt, inspect_tokens
     from memlayer.inspection.recording import RecordingReader
     from memlayer.inspection.results import (
         DocumentReading,
@@ -46,6 +46,7 @@ __all__ = [
     "Read",
     "RecordingReader",
     "TokenReading",
+    "inspect_completion",
     "inspect_prompt",
     "inspect_tokens",
     "render_page",
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "inspect_completion": "prompt",
     "inspect_prompt": "prompt",
     "inspect_tokens": "prompt",
     "render_page": "page",

@@ -68,9 +68,9 @@ def check_page_path(path: str | Path) -> None:
         DataError: if the path is a folder, or in no folder.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise DataError(f"{path} is a folder, not a file; give the page a name in it")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise DataError(f"there is no folder {path.parent} for the page; make it first")
 
 

@@ -27,6 +27,10 @@ class ChunkTotal:
     readers: frozenset[int]
     """The tokens that retrieved it."""
 
+    def salience(self, tokens: int) -> float:
+        """Give weight x rarity: what every token reads says little about any of them."""
+        return self.weight * math.log((tokens + 1) / len(self.readers))
+
 
 def sum_of(totals: Sequence[ChunkTotal]) -> ChunkTotal:
     """Join what was read of several chunks."""
@@ -92,11 +96,7 @@ class PassageMaker:
             tokens: how many tokens read.
             most: passages wanted.
         """
-
-        def salience(total: ChunkTotal) -> float:
-            return total.weight * math.log((tokens + 1) / len(total.readers))
-
-        left = dict(sorted(chunks.items(), key=lambda item: (-salience(item[1]), item[0])))
+        left = dict(sorted(chunks.items(), key=lambda item: (-item[1].salience(tokens), item[0])))
         found: list[tuple[float, Passage]] = []
         # A passage takes its neighbours' weight too, so a few more than wanted compete.
         while left and len(found) < 2 * most:
@@ -104,7 +104,7 @@ class PassageMaker:
             inside = sorted({source.chunk for source in run if source.chunk in left})
             total = sum_of([left.pop(chunk) for chunk in inside])
             shown = self._show(run, inside, total.weight, len(total.readers))
-            found.append((salience(total), shown))
+            found.append((total.salience(tokens), shown))
         found.sort(key=lambda item: -item[0])
         return [passage for _, passage in found[:most]]
 

@@ -39,6 +39,7 @@ from memlayer.memory import BankReader
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from memlayer.completion import Completion
     from memlayer.memory import MemoryBank
     from memlayer.model import LongMemModel
 
@@ -67,6 +68,33 @@ def inspect_prompt(
     return inspect_tokens(model, tokenizer, ids, options=options)
 
 
+def inspect_completion(
+    model: LongMemModel,
+    tokenizer: PreTrainedTokenizerBase,
+    completion: Completion,
+    options: InspectionOptions | None = None,
+) -> Inspection:
+    """See what was read to write a text, in its last window if it is longer than one.
+
+    One pass over the text retrieves what its generation retrieved step by step.
+
+    Args:
+        model: that wrote it, its memory unchanged.
+        tokenizer: the backbone's.
+        completion: what it wrote.
+        options: how much is kept; the defaults if None.
+    """
+    window = model.memory_config.segment_length
+    outside = max(completion.token_ids.shape[1] - window, 0)
+    return inspect_tokens(
+        model,
+        tokenizer,
+        completion.token_ids[:, outside:],
+        prompt_tokens=max(completion.prompt_tokens - outside, 1),
+        options=options,
+    )
+
+
 @torch.no_grad()
 def inspect_tokens(
     model: LongMemModel,
@@ -82,7 +110,8 @@ def inspect_tokens(
         model: with what it memorized, one row.
         tokenizer: the backbone's.
         input_ids: ``(1, T)``, int64, at most a window.
-        prompt_tokens: where the prompt ends and what was generated begins; None: all is prompt.
+        prompt_tokens: where the prompt ends and what was generated begins; passages and documents
+            are then those that were read to generate it. None: all is prompt.
         options: how much is kept; the defaults if None.
 
     Raises:
@@ -91,7 +120,7 @@ def inspect_tokens(
     """
     options = InspectionOptions() if options is None else options
     bank = model.memory
-    _check(model, bank, input_ids)
+    _check(model, bank, input_ids, prompt_tokens)
     ids = input_ids.to(model.device)
     count = ids.shape[1]
     reader = RecordingReader(BankReader(bank))
@@ -103,14 +132,21 @@ def inspect_tokens(
     finally:
         model.train(training)
     readings = read_layers(model, reader.records)
-    reads = reads_by_token(readings, count, options.chunks_per_token)
+    read = totals(readings, range(count))
+    reads = reads_by_token(readings, read, count, options.chunks_per_token)
     if readings:
         places = places_by_token(readings, count, bank.chunk_numbers(0), options.place_bins)
     else:
         places = [[0.0] * options.place_bins] * count
     predicted = _predictions(tokenizer, ids[0], on[0], off[0], options.predictions)
-    read = totals(readings, range(count))
     maker = PassageMaker(bank, tokenizer, context=options.context)
+    summed = range(count)
+    if prompt_tokens is not None and prompt_tokens < count:
+        # A token is predicted by the one before it, which read for it.
+        summed = range(prompt_tokens - 1, count - 1)
+        counted = totals(readings, summed)
+    else:
+        counted = read
     shown = sorted({item.chunk for token in reads for item in token})
     maker.prepare(shown)
     return Inspection(
@@ -122,14 +158,17 @@ def inspect_tokens(
             for prediction, own, place in zip(predicted, reads, places, strict=True)
         ),
         chunks=tuple(maker.chunk(chunk, read[chunk]) for chunk in shown),
-        passages=tuple(maker.strongest(read, tokens=count, most=options.passages)),
-        documents=_documents(maker, read),
+        passages=tuple(maker.strongest(counted, tokens=len(summed), most=options.passages)),
+        documents=_documents(maker, counted),
+        summed=(summed.start, summed.stop),
         heads=head_readings(model, readings, bank),
         distance_edges=distance_edges(bank),
     )
 
 
-def _check(model: LongMemModel, bank: MemoryBank, input_ids: Tensor) -> None:
+def _check(
+    model: LongMemModel, bank: MemoryBank, input_ids: Tensor, prompt_tokens: int | None
+) -> None:
     if input_ids.dim() != 2 or input_ids.shape[0] != 1:
         raise ShapeError(f"input_ids must have shape (1, T), got {tuple(input_ids.shape)}")
     tokens, window = input_ids.shape[1], model.memory_config.segment_length
@@ -139,6 +178,10 @@ def _check(model: LongMemModel, bank: MemoryBank, input_ids: Tensor) -> None:
         raise ConfigError(
             f"an inspected text must fit into one window of {window} tokens, got {tokens}; "
             "memorize its beginning and inspect the rest"
+        )
+    if prompt_tokens is not None and not 1 <= prompt_tokens <= tokens:
+        raise ConfigError(
+            f"prompt_tokens must be within 1 to the {tokens} tokens given, got {prompt_tokens}"
         )
     if bank.rows > 1:
         raise ShapeError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,8 +70,17 @@ def read_layers(model: LongMemModel, records: dict[int, LayerRecord]) -> list[La
     return readings
 
 
-def reads_by_token(readings: Sequence[LayerReading], tokens: int, most: int) -> list[list[Read]]:
-    """Give each token's chunks, at most ``most``, the ones that it read most first."""
+def reads_by_token(
+    readings: Sequence[LayerReading], read: Mapping[int, ChunkTotal], tokens: int, most: int
+) -> list[list[Read]]:
+    """Give what each token read, at most ``most`` chunks, by weight x rarity.
+
+    Args:
+        readings: of all memory layers.
+        read: `totals` of all tokens.
+        tokens: how many there are.
+        most: chunks to keep of each.
+    """
     weights: list[defaultdict[int, float]] = [defaultdict(float) for _ in range(tokens)]
     heads: list[defaultdict[int, list[HeadRead]]] = [defaultdict(list) for _ in range(tokens)]
     for reading in readings:
@@ -86,17 +95,23 @@ def reads_by_token(readings: Sequence[LayerReading], tokens: int, most: int) -> 
                     contribution=contribution,
                 )
             )
-    return [
-        [
-            Read(
-                chunk=chunk,
-                weight=by_chunk[chunk],
-                heads=tuple(sorted(by_head[chunk], key=lambda item: -item.contribution)),
-            )
-            for chunk in sorted(by_chunk, key=lambda chunk: (-by_chunk[chunk], chunk))[:most]
-        ]
-        for by_chunk, by_head in zip(weights, heads, strict=True)
-    ]
+    found = []
+    for by_chunk, by_head in zip(weights, heads, strict=True):
+        salience = {
+            chunk: replace(read[chunk], weight=weight).salience(tokens)
+            for chunk, weight in by_chunk.items()
+        }
+        found.append(
+            [
+                Read(
+                    chunk=chunk,
+                    weight=by_chunk[chunk],
+                    heads=tuple(sorted(by_head[chunk], key=lambda item: -item.contribution)),
+                )
+                for chunk in sorted(salience, key=lambda chunk: (-salience[chunk], chunk))[:most]
+            ]
+        )
+    return found
 
 
 def totals(readings: Sequence[LayerReading], tokens: Sequence[int]) -> dict[int, ChunkTotal]:

@@ -76,7 +76,7 @@ class TokenReading:
     """Bits that memory saved in predicting it, ``log2(with / without)``; negative: it cost."""
 
     reads: tuple[Read, ...]
-    """The chunks that it read most, best first."""
+    """The chunks that it read most, in the order of `Inspection.passages`."""
 
     places: tuple[float, ...]
     """Its reading by place in memory: equal parts of what is held, the oldest first."""
@@ -108,7 +108,7 @@ class Passage:
     """Where the chunks are in ``text``: first character and the one after the last."""
 
     weight: float
-    """Share of reading, the mean over all tokens."""
+    """Share of reading, the mean over the tokens that are summed up."""
 
     readers: int
     """Tokens that retrieved any of its chunks."""
@@ -122,7 +122,7 @@ class DocumentReading:
     """None stands for everything that was memorized without a name."""
 
     weight: float
-    """Share of reading, the mean over all tokens."""
+    """Share of reading, the mean over the tokens that are summed up."""
 
     chunks: int
     """Different chunks of it that were retrieved."""
@@ -172,16 +172,20 @@ class Inspection:
     """The first tokens are the prompt's; what follows was generated."""
 
     tokens: tuple[TokenReading, ...]
+    summed: tuple[int, int]
+    """The tokens over which ``passages`` and ``documents`` sum up, the second number not included:
+    those that generated, or all where nothing was."""
+
     chunks: tuple[Passage, ...]
     """Every chunk that a token's ``reads`` name, each with the text around it."""
 
     passages: tuple[Passage, ...]
-    """What all tokens together read most, neighbouring chunks joined, best first. A passage that
-    many tokens read says little about any of them, so the order is by weight x rarity,
+    """What the tokens of ``summed`` read most, neighbouring chunks joined, best first. A passage
+    that many tokens read says little about any of them, so the order is by weight x rarity,
     ``log((tokens + 1) / readers)``, as in text retrieval."""
 
     documents: tuple[DocumentReading, ...]
-    """The documents of all retrieved chunks, the one that was read most first."""
+    """The documents that the tokens of ``summed`` read, the one that was read most first."""
 
     heads: tuple[HeadReading, ...]
     distance_edges: tuple[int, ...]
