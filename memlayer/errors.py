@@ -10,6 +10,7 @@ MemlayerError
 ├── BackendUnavailableError (also ImportError)  a backend's package or hardware is missing
 ├── CheckpointError         (also ValueError)   a checkpoint is damaged, or for another backbone
 ├── MemoryFormatError       (also ValueError)   a saved bank is damaged, or made by another model
+├── StorageError            (also OSError)      a directory cannot be written: full, locked, in use
 └── TrainingError           (also RuntimeError) training cannot go on: a loss that is not finite
 """
 
@@ -52,6 +53,10 @@ class CheckpointError(MemlayerError, ValueError):
 
 class MemoryFormatError(MemlayerError, ValueError):
     """A saved memory bank is damaged, or was made by another model."""
+
+
+class StorageError(MemlayerError, OSError):
+    """A directory cannot be written: the disk is full, it is read-only, or another process does."""
 
 
 class TrainingError(MemlayerError, RuntimeError):

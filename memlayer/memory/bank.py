@@ -89,6 +89,7 @@ class MemoryBank:
         self.identity = identity
         self.tokenizer: str | None = None
         self.reading: Reading
+        self._saved_as: str | None
         self._make_index = make_index
         self._slack_chunks = -(-slack // chunk_size) + 1
         self._forget_everything()
@@ -345,29 +346,53 @@ class MemoryBank:
             return
         chosen = torch.tensor(sorted(set(rows)))
         self._held_ring().clear(chosen)
+        self._saved_as = None  # Chunk numbers begin again: saved ones mean others.
         self._held_waiting().clear(chosen)
         self._index_offsets[chosen] = 0
         self.reading = forgotten(self.reading, range(len(self.reading)) if self.shared else rows)
         for index in self._indexes:
             index.clear(self._lanes(chosen))
 
-    def save(self, directory: str | Path) -> None:
-        """Write the bank into a directory, as a whole or not at all.
+    def save(self, directory: str | Path, *, indexes: persistence.Indexes = "rebuild") -> None:
+        """Write the bank into a directory, as a whole or not at all, by one writer at a time.
 
-        Source: docs/design.md, "A bank on disk".
+        Where the directory holds the state that this bank was last saved to or loaded from, only
+        the chunks that are new since are written. Whatever else stands there is replaced. A kill at
+        any moment leaves the old state or the new one; when this returns, the new one is on the
+        disk.
+
+        Args:
+            directory: made if need be.
+            indexes: ``"rebuild"``: `load` builds each index from the saved chunk keys. ``"save"``:
+                the backend's own files are kept too, for backends that are slow to build.
+
+        Raises:
+            StorageError: if another process writes there, or the files cannot be written: the disk
+                is full or read-only. The old state stands then.
+
+        Source: docs/memory.md.
         """
-        persistence.save(self, Path(directory))
+        persistence.save(self, Path(directory), indexes=indexes)
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def load(self, directory: str | Path) -> None:
+    def load(self, directory: str | Path, *, verify: bool = True) -> None:
         """Replace the contents by what `save` wrote; answers are the same as before.
+
+        The files are mapped into memory. If the bank lies in one shard, and this one on the CPU,
+        the mapping is its storage: nothing is copied until something is written. `capacity` is this
+        bank's own: with less than was saved, the newest chunks are taken.
+
+        Args:
+            directory: where a bank was saved; it may be saved to meanwhile.
+            verify: read all of it once, and compare checksums. Otherwise sizes and the form of all
+                files are checked, and their contents believed.
 
         Raises:
             MemoryFormatError: if the files are missing or damaged, or are of another model, memory
-                layer, chunk size, capacity or dtype; the bank is left as it was then.
+                layer, chunk size or dtype; the bank is left as it was then.
         """
-        persistence.load(self, Path(directory))
+        persistence.load(self, Path(directory), verify=verify)
 
     # ---------------------------------------------------------------- parts
 
@@ -395,9 +420,11 @@ class MemoryBank:
         self._indexes: list[RetrievalBackend] = []
         self._index_offsets = torch.zeros(0, dtype=torch.int64)
         self._documents = Documents()
+        # The checksum of the manifest that these contents go on from, if there is one.
+        self._saved_as = None
         self.reading = ()
 
-    def _allocate(self, rows: int) -> None:
+    def _allocate(self, rows: int, *, slots: int | None = None) -> None:
         heads = self.num_key_value_heads
         self._indexes = [self._make_index(rows * heads) for _ in range(self.num_layers)]
         self._index_offsets = torch.zeros(rows, dtype=torch.int64)
@@ -407,6 +434,7 @@ class MemoryBank:
             slots=self._capacity_chunks + self._slack_chunks + 1,
             dtype=self.dtype,
             device=self.device,
+            slots_now=slots,
         )
         self._waiting = WaitingTokens(
             shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device

@@ -1,200 +1,362 @@
-"""A bank on disk: safetensors and a JSON manifest, written whole or not at all.
+"""Saving a bank into a directory and loading it again; see `memlayer.memory.manifest`.
 
-    DIR/manifest.json        format, settings, identity, checksum of the tensors
-    DIR/bank.safetensors     keys, values (chunks in order of age), counters, tails
-    DIR/index-0/ ...         what each memory layer's backend saves
-
-The directory is written beside its place under another name and then renamed, so that a kill leaves
-the old bank or the new one.
+Saving writes the chunks that the directory does not hold yet into one new shard, and a manifest
+that names it; replacing the manifest is the one step at which the old state becomes the new one.
+Shards are merged so that each is at least twice as large as the next one: there are few of them,
+and each chunk is written again only as often as the bank doubles.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import errno
 import shutil
-import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 
-from memlayer.errors import MemoryFormatError
-from memlayer.memory.ring import Chunks
+from memlayer import __version__
+from memlayer.errors import ConfigError, MemoryFormatError, ShapeError, StorageError
+from memlayer.files import sync_directory, write_atomically
+from memlayer.memory.documents import Documents
+from memlayer.memory.lock import bank_lock
+from memlayer.memory.manifest import (
+    INDEX_FOLDER,
+    MANIFEST_NAME,
+    SHARD_NAME,
+    STATE_NAME,
+    BankSettings,
+    Manifest,
+    SavedIndexes,
+    SavedReading,
+    Shard,
+    read_manifest,
+)
+from memlayer.memory.reading import RowReading
+from memlayer.memory.saved_parts import read_shard, read_state, write_shard, write_state
+from memlayer.memory.tensor_files import check_file, describe_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from memlayer.memory.bank import MemoryBank
+    from memlayer.memory.ring import Chunks
+    from memlayer.retrieval import RetrievalBackend
 
-FORMAT_VERSION = 1
-_MANIFEST = "manifest.json"
-_TENSORS = "bank.safetensors"
+Indexes = Literal["rebuild", "save"]
+_ATTEMPTS = 8
 
 
-def save(bank: MemoryBank, directory: Path) -> None:
-    """Write a bank; what stood at ``directory`` before is replaced in one step."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+# -------------------------------------------------------------------- saving
+
+
+def save(bank: MemoryBank, directory: Path, *, indexes: Indexes) -> None:
+    """Write what the directory does not hold yet; see `MemoryBank.save`."""
+    if indexes not in ("rebuild", "save"):
+        raise ConfigError(f"indexes must be 'rebuild' or 'save', got {indexes!r}")
+    with bank_lock(directory), _storage_errors(directory):
+        earlier, generation = _find_earlier(bank, directory)
+        try:
+            manifest = _write_files(bank, directory, earlier, generation, indexes)
+            write_atomically(directory / MANIFEST_NAME, manifest.to_json())
+        except BaseException:
+            _remove_generation(directory, generation)
+            raise
+        bank._saved_as = manifest.checksum
+        with suppress(OSError):  # What cannot be removed now is removed by the next save.
+            _remove_leftovers(directory, manifest)
+
+
+def _find_earlier(bank: MemoryBank, directory: Path) -> tuple[Manifest | None, int]:
+    """Give the manifest if it is an earlier state of this very bank, and a new generation."""
+    numbers = [0, *(_generation_of(path) or 0 for path in directory.iterdir())]
     try:
-        _write(bank, scratch)
-        _replace(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        manifest = read_manifest(directory)
+    except MemoryFormatError:
+        return None, max(numbers) + 1
+    generation = max(*numbers, manifest.generation) + 1
+    if bank._saved_as != manifest.checksum:
+        return None, generation
+    try:
+        for shard in manifest.shards:
+            check_file(directory, shard.file, verify=False)
+    except MemoryFormatError:
+        return None, generation  # Damaged since: all of it is written again.
+    return manifest, generation
 
 
-def load(bank: MemoryBank, directory: Path) -> None:
-    """Check a saved bank against this one's settings, then take over its contents."""
-    manifest = _read_manifest(directory)
-    for name, value in _settings(bank).items():
-        if manifest.get(name) != value:
-            raise MemoryFormatError(
-                f"the bank in {directory} has {name}={manifest.get(name)!r}, this model needs "
-                f"{value!r}; load it with the model and settings that wrote it"
-            )
-    tensors = _read_tensors(directory, manifest)
-    rows = manifest.get("rows")
-    if not isinstance(rows, int) or rows < 0:
-        raise MemoryFormatError(f"the bank in {directory} has rows={rows!r}; it is damaged")
-    if rows == 0:
-        bank.clear()
-        return
-    _restore(bank, rows, tensors, directory)
-
-
-def _write(bank: MemoryBank, directory: Path) -> None:
-    manifest = {"format_version": FORMAT_VERSION, **_settings(bank), "rows": bank.rows}
+def _write_files(
+    bank: MemoryBank,
+    directory: Path,
+    earlier: Manifest | None,
+    generation: int,
+    indexes: Indexes,
+) -> Manifest:
+    shards: list[Shard] = []
+    state, saved_indexes = None, None
+    written = held = waiting = torch.zeros(0, dtype=torch.int64)
     if bank.rows:
-        path = directory / _TENSORS
-        save_file(_contents(bank), path)
-        _sync(path)
-        manifest["sha256"] = _checksum(path)
-        for number, index in enumerate(bank._indexes):
-            place = directory / f"index-{number}"
-            place.mkdir()
-            index.save(place)
-    path = directory / _MANIFEST
-    path.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    _sync(path)
+        ring = bank._held_ring()
+        written, held, waiting = ring.written, bank._held_chunks(), bank._held_waiting().lengths
+        kept = list(earlier.shards) if earlier else []
+        shards, start = _plan(kept, written - held, written)
+        if (start < written).any():
+            name = f"shard-{generation:08d}.safetensors"
+            shards.append(write_shard(directory, name, ring, start, written))
+        state = write_state(directory, f"state-{generation:08d}.safetensors", bank)
+        if indexes == "save":
+            saved_indexes = _write_indexes(bank, directory, generation)
+    sync_directory(directory)
+    return Manifest(
+        memlayer_version=__version__,
+        lineage=earlier.lineage if earlier else uuid.uuid4().hex,
+        generation=generation,
+        settings=settings_of(bank),
+        capacity=bank.capacity,
+        written=tuple(written.tolist()),
+        held=tuple(held.tolist()),
+        waiting=tuple(waiting.tolist()),
+        reading=tuple(
+            SavedReading(
+                document=place.document, offset=place.offset, open_tokens=len(place.open_ids)
+            )
+            for place in (bank.reading if bank.rows else ())
+        ),
+        documents=bank.document_records,
+        tokenizer=bank.tokenizer,
+        shards=tuple(shards),
+        state=state,
+        indexes=saved_indexes,
+    )
 
 
-def _settings(bank: MemoryBank) -> dict[str, Any]:
-    """What has to be alike for a saved bank to mean the same in this one."""
-    return {
-        "identity": bank.identity,
-        "capacity": bank.capacity,
-        "chunk_size": bank.chunk_size,
-        "num_layers": bank.num_layers,
-        "num_key_value_heads": bank.num_key_value_heads,
-        "head_dim": bank.head_dim,
-        "dtype": str(bank.dtype).removeprefix("torch."),
-        "shared": bank.shared,
-    }
+def _plan(
+    kept: list[Shard], oldest: torch.Tensor, written: torch.Tensor
+) -> tuple[list[Shard], torch.Tensor]:
+    """Choose the shards that stay, and where each row's new shard starts."""
+
+    def size(shard: Shard) -> int:
+        """Count the chunks of a shard's fullest row that can still be retrieved."""
+        first, stop = torch.tensor(shard.first), torch.tensor(shard.stop)
+        return int((stop - torch.maximum(first, oldest)).max())
+
+    kept = [shard for shard in kept if size(shard) > 0]
+    start = torch.maximum(torch.tensor(kept[-1].stop), oldest) if kept else oldest
+    while kept and size(kept[-1]) < 2 * int((written - start).max()):
+        start = torch.maximum(torch.tensor(kept.pop().first), oldest)
+    return kept, start
 
 
-def _contents(bank: MemoryBank) -> dict[str, Tensor]:
-    ring, waiting = bank._held_ring(), bank._held_waiting()
-    held = bank._held_chunks()
-    chunks = ring.read(ring.written - held, ring.written)
-    return {
-        "keys": chunks.keys,
-        "values": chunks.values,
-        "chunk_keys": chunks.chunk_keys,
-        "sources": chunks.sources,
-        "held": held,
-        "written": ring.written.clone(),
-        "tail_keys": waiting.keys.contiguous(),
-        "tail_values": waiting.values.contiguous(),
-        "tail_sources": waiting.sources.contiguous(),
-        "tail_lengths": waiting.lengths.clone(),
-    }
+def _write_indexes(bank: MemoryBank, directory: Path, generation: int) -> SavedIndexes:
+    folder = f"index-{generation:08d}"
+    files = []
+    for number, index in enumerate(bank._indexes):
+        place = directory / folder / str(number)
+        place.mkdir(parents=True)
+        index.save(place)
+        for path in sorted(path for path in place.rglob("*") if path.is_file()):
+            files.append(describe_file(directory, path.relative_to(directory).as_posix()))
+            sync_directory(path.parent)
+        sync_directory(place)
+    sync_directory(directory / folder)
+    return SavedIndexes(
+        kind=_kind(bank._indexes[0]),
+        offsets=tuple(bank._index_offsets.tolist()),
+        files=tuple(files),
+    )
 
 
-def _restore(bank: MemoryBank, rows: int, tensors: dict[str, Tensor], directory: Path) -> None:
+def _kind(index: RetrievalBackend) -> str:
+    return f"{type(index).__module__}:{type(index).__qualname__}"
+
+
+def settings_of(bank: MemoryBank) -> BankSettings:
+    """Give what has to be alike for a saved bank to mean the same in this one."""
+    return BankSettings(
+        identity=bank.identity,
+        chunk_size=bank.chunk_size,
+        num_layers=bank.num_layers,
+        num_key_value_heads=bank.num_key_value_heads,
+        head_dim=bank.head_dim,
+        dtype=str(bank.dtype).removeprefix("torch."),
+        shared=bank.shared,
+    )
+
+
+def _remove_generation(directory: Path, generation: int) -> None:
+    """Remove what a save wrote that has failed, unless its manifest is in place all the same."""
+    with suppress(OSError, MemoryFormatError):
+        if read_manifest(directory).generation == generation:
+            return
+    with suppress(OSError):
+        for path in list(directory.iterdir()):
+            if _generation_of(path) == generation:
+                _remove(path)
+
+
+def _remove_leftovers(directory: Path, manifest: Manifest) -> None:
+    """Remove the files of older states, and what a killed writer left."""
+    used = {file.name.partition("/")[0] for file in manifest.files()}
+    for path in list(directory.iterdir()):
+        if path.name.startswith(f".{MANIFEST_NAME}.") and path.name.endswith(".tmp"):
+            path.unlink()
+        elif path.name not in used and _generation_of(path) is not None:
+            _remove(path)
+
+
+def _generation_of(path: Path) -> int | None:
+    """Give the state that a file or folder was written for; None if it is none of a bank's."""
+    for pattern in (SHARD_NAME, STATE_NAME, INDEX_FOLDER):
+        if match := pattern.fullmatch(path.name):
+            return int(match.group(1))
+    return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextmanager
+def _storage_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "there is no space left on its disk" if full else (error.strerror or str(error))
+        raise StorageError(
+            f"the bank in {directory} could not be saved: {reason}; it is as it was before"
+        ) from error
+
+
+# -------------------------------------------------------------------- loading
+
+
+def load(bank: MemoryBank, directory: Path, *, verify: bool) -> None:
+    """Check a saved bank against this one's settings, then take over its contents."""
+    for _ in range(_ATTEMPTS):
+        manifest = read_manifest(directory)
+        try:
+            _load(bank, directory, manifest, verify=verify)
+        except MemoryFormatError:
+            # A writer may have replaced files that this manifest names while they were opened.
+            if read_manifest(directory).checksum != manifest.checksum:
+                continue
+            raise
+        return
+    raise MemoryFormatError(
+        f"the bank in {directory} was saved anew {_ATTEMPTS} times while it was loaded; load it "
+        "when its writer saves less often"
+    )
+
+
+def _load(bank: MemoryBank, directory: Path, manifest: Manifest, *, verify: bool) -> None:
+    _check_settings(bank, directory, manifest)
+    for file in manifest.indexes.files if manifest.indexes else ():
+        check_file(directory, file, verify=verify)
     before = bank.__dict__.copy()
     try:
-        bank._forget_everything()
-        bank._allocate(rows)
-        ring, waiting = bank._held_ring(), bank._held_waiting()
-        held, written = tensors["held"], tensors["written"]
-        ring.append(
-            Chunks(
-                keys=tensors["keys"].to(bank.device),
-                values=tensors["values"].to(bank.device),
-                chunk_keys=tensors["chunk_keys"].to(bank.device),
-                sources=tensors["sources"],
-                counts=held,
-            )
-        )
-        # Numbers go on from where they were: chunk `written - held` lies in slot 0.
-        ring.base, ring.written = held - written, written.clone()
-        waiting.keys = tensors["tail_keys"].to(bank.device)
-        waiting.values = tensors["tail_values"].to(bank.device)
-        waiting.sources = tensors["tail_sources"]
-        waiting.lengths = tensors["tail_lengths"]
-        for number, index in enumerate(bank._indexes):
-            index.load(directory / f"index-{number}")
-            if index.counts().view(rows, -1).ne(held.unsqueeze(1)).any():
-                raise MemoryFormatError(
-                    f"index-{number} of the bank in {directory} holds other chunks than its keys; "
-                    "it is damaged"
-                )
-    except (KeyError, IndexError, RuntimeError) as error:
+        _restore(bank, directory, manifest, verify=verify)
+    except (ShapeError, RuntimeError, MemoryError) as error:
         bank.__dict__.update(before)
         raise MemoryFormatError(f"the bank in {directory} is damaged: {error}") from error
-    except MemoryFormatError:
+    except BaseException:
         bank.__dict__.update(before)
         raise
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / _MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MemoryFormatError(f"there is no memory bank in {directory}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MemoryFormatError(f"{path} is damaged: {error}") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise MemoryFormatError(
-            f"{path} has format_version {version!r}, this memlayer reads {FORMAT_VERSION}"
-        )
-    return dict(manifest)
-
-
-def _read_tensors(directory: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    if manifest.get("rows") == 0:
-        return {}
-    path = directory / _TENSORS
-    try:
-        if _checksum(path) != manifest.get("sha256"):
+def _check_settings(bank: MemoryBank, directory: Path, manifest: Manifest) -> None:
+    saved, own = manifest.settings, settings_of(bank)
+    for name, value in vars(own).items():
+        if getattr(saved, name) != value:
             raise MemoryFormatError(
-                f"{path} does not match its checksum: it was truncated or changed; memorize again"
+                f"the bank in {directory} has {name}={getattr(saved, name)!r}, this model needs "
+                f"{value!r}; load it with the model and settings that wrote it"
             )
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise MemoryFormatError(f"{path} cannot be read: {error}") from error
 
 
-def _replace(scratch: Path, directory: Path) -> None:
-    if not directory.exists():
-        os.rename(scratch, directory)
+def _restore(bank: MemoryBank, directory: Path, manifest: Manifest, *, verify: bool) -> None:
+    bank._forget_everything()
+    bank._documents = Documents(manifest.documents)
+    bank.tokenizer = manifest.tokenizer
+    bank._saved_as = manifest.checksum
+    if manifest.state is None:
         return
-    # A directory cannot be renamed over a full one: the old steps aside for an instant.
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-    os.rename(directory, old / directory.name)
-    os.rename(scratch, directory)
-    shutil.rmtree(old)
+    # A bank of less capacity takes the newest chunks.
+    written = torch.tensor(manifest.written)
+    held = torch.tensor(manifest.held).clamp(max=bank._capacity_chunks)
+    oldest = written - held
+    state = read_state(directory, manifest, verify=verify)
+    shards = [
+        (shard, read_shard(directory, shard, manifest, verify=verify))
+        for shard in manifest.shards
+        if (torch.tensor(shard.stop) > oldest).any()
+    ]
+    bank._allocate(manifest.rows, slots=1)
+    ring, waiting = bank._held_ring(), bank._held_waiting()
+    if len(shards) == 1 and ring.can_adopt(shards[0][1]):
+        ring.adopt(shards[0][1], first=torch.tensor(shards[0][0].first), written=written)
+        ring.first = oldest
+    else:
+        ring.make_room(int(held.max()))
+        ring.first, ring.base, ring.written = oldest, -oldest, written
+        for shard, chunks in shards:
+            for row in range(manifest.rows):
+                start = max(shard.first[row], int(oldest[row]))
+                ring.place(row, start, chunks, skip=start - shard.first[row])
+    device = bank.device
+    waiting.keys, waiting.values = state.keys.to(device), state.values.to(device)
+    waiting.sources, waiting.lengths = state.sources, torch.tensor(manifest.waiting)
+    bank.reading = tuple(
+        RowReading(document=place.document, offset=place.offset, open_ids=ids)
+        for place, ids in zip(
+            manifest.reading,
+            state.open_ids.split([place.open_tokens for place in manifest.reading]),
+            strict=True,
+        )
+    )
+    indexes = manifest.indexes
+    if indexes is not None and indexes.kind == _kind(bank._indexes[0]):
+        _load_indexes(bank, directory, manifest, indexes)
+    else:
+        _build_indexes(bank, shards, oldest)
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _build_indexes(
+    bank: MemoryBank, shards: list[tuple[Shard, Chunks]], oldest: torch.Tensor
+) -> None:
+    bank._index_offsets = oldest.clone()
+    for shard, chunks in shards:
+        for row, (first, stop) in enumerate(zip(shard.first, shard.stop, strict=True)):
+            start = max(first, int(oldest[row]))
+            if stop <= start:
+                continue
+            part = slice(start - first, stop - first)
+            lanes = bank._lanes(torch.tensor([row]))
+            for index, keys in zip(bank._indexes, chunks.chunk_keys, strict=True):
+                index.add(keys[row, :, part].to(bank.device), lanes)
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _load_indexes(
+    bank: MemoryBank, directory: Path, manifest: Manifest, saved: SavedIndexes
+) -> None:
+    folders = {file.name.partition("/")[0] for file in saved.files}
+    if len(folders) != 1:
+        raise MemoryFormatError(f"the bank in {directory} is damaged: its indexes are not together")
+    bank._index_offsets = torch.tensor(saved.offsets)
+    held, kept = torch.tensor(manifest.held), bank._held_chunks()
+    for number, index in enumerate(bank._indexes):
+        place = directory / next(iter(folders)) / str(number)
+        index.load(place)
+        if index.counts().view(manifest.rows, -1).ne(held.unsqueeze(1)).any():
+            raise MemoryFormatError(
+                f"{place} holds other chunks than the bank's shards; it is damaged"
+            )
+        for row, surplus in enumerate((held - kept).tolist()):
+            if surplus:
+                index.remove_oldest(surplus, bank._lanes(torch.tensor([row])))

@@ -43,6 +43,7 @@ class ChunkRing:
         slots: chunks per row that fit before the oldest is overwritten.
         dtype: of the stored keys and values.
         device: where they lie. Sources lie on the CPU always.
+        slots_now: how many of them to make room for at once; a few if None.
 
     Attributes:
         keys: ``(layers, rows, H_kv, slots, C, D)``. Grows by doubling up to ``slots``.
@@ -62,10 +63,11 @@ class ChunkRing:
         slots: int,
         dtype: torch.dtype,
         device: torch.device,
+        slots_now: int | None = None,
     ) -> None:
         layers, rows, heads, chunk_size, head_dim = shape
         self.max_slots = slots
-        now = min(slots, _FIRST_SLOTS)
+        now = min(slots, _FIRST_SLOTS if slots_now is None else slots_now)
         self.keys = torch.zeros(
             layers, rows, heads, now, chunk_size, head_dim, dtype=dtype, device=device
         )
@@ -83,7 +85,7 @@ class ChunkRing:
 
     def append(self, chunks: Chunks) -> None:
         """Write each row's next chunks."""
-        self._make_room(int((self.base + self.written + chunks.counts).max()))
+        self.make_room(int((self.base + self.written + chunks.counts).max()))
         numbers = torch.arange(chunks.keys.shape[3])
         row, chunk = torch.nonzero(numbers < chunks.counts.unsqueeze(1), as_tuple=True)
         slot = (self.base[row] + self.written[row] + chunk) % self.slots
@@ -131,9 +133,13 @@ class ChunkRing:
         real = numbers < counts.unsqueeze(1)
         slot = (self.base.unsqueeze(1) + start.unsqueeze(1) + numbers) % self.slots
 
+        alike = bool(real.all()) and bool((slot == slot[0]).all())
+
         def pick(plane: Tensor) -> Tensor:
             """Give ``(layers, rows, H_kv, n, ...)`` of a plane that has slots instead of n."""
             index, missing = slot.to(plane.device), (~real).to(plane.device)
+            if alike:
+                return plane.index_select(3, index[0])
             picked = torch.stack(
                 [plane[:, row].index_select(2, index[row]) for row in range(len(counts))], dim=1
             )
@@ -149,6 +155,45 @@ class ChunkRing:
             counts=counts,
         )
 
+    def can_adopt(self, chunks: Chunks) -> bool:
+        """Say whether `adopt` can take these chunks' storage for its own."""
+        same_device = chunks.keys.device == self.keys.device
+        return same_device and 0 < chunks.keys.shape[3] <= self.max_slots
+
+    def adopt(self, chunks: Chunks, *, first: Tensor, written: Tensor) -> None:
+        """Hold exactly these chunks, in the very storage that they have: nothing is copied.
+
+        Args:
+            chunks: each row's newest, maybe mapped from a file.
+            first: ``(rows,)``, int64, CPU. The number of each row's first chunk in them.
+            written: ``(rows,)``, int64, CPU. Chunks written to each row.
+        """
+        self.keys, self.values = chunks.keys, chunks.values
+        self.chunk_keys, self.sources = chunks.chunk_keys, chunks.sources
+        # Chunk `first` lies in slot 0.
+        self.base, self.written = -first, written
+
+    def place(self, row: int, number: int, chunks: Chunks, *, skip: int) -> None:
+        """Copy one row of chunks to where they belong; no slot of a ring may be used twice yet.
+
+        Args:
+            row: which.
+            number: of the first chunk that is copied.
+            chunks: where from.
+            skip: how many of that row's chunks stand before that one.
+        """
+        count = int(chunks.counts[row]) - skip
+        if count <= 0:
+            return
+        slot = int(self.base[row]) + number
+        for mine, given in (
+            (self.keys, chunks.keys),
+            (self.values, chunks.values),
+            (self.chunk_keys, chunks.chunk_keys),
+        ):
+            mine[:, row, :, slot : slot + count] = given[:, row, :, skip : skip + count]
+        self.sources[row, slot : slot + count] = chunks.sources[row, skip : skip + count]
+
     def sources_of(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Give where chunks came from.
 
@@ -161,7 +206,8 @@ class ChunkRing:
         """
         return self.sources[rows, (self.base[rows] + ids) % self.slots]
 
-    def _make_room(self, needed: int) -> None:
+    def make_room(self, needed: int) -> None:
+        """Make sure that there are so many slots, or as many as there may be."""
         if needed <= self.slots or self.slots == self.max_slots:
             return
         # Below max_slots nothing has wrapped yet, so growing keeps every slot's number.

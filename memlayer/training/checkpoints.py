@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from memlayer.errors import CheckpointError, ConfigError, TrainingError
-from memlayer.training.files import sync_directory, sync_tree
+from memlayer.files import sync_directory, sync_tree
 from memlayer.training.options import MAY_CHANGE_ON_RESUME
 
 CHECKPOINTS = "checkpoints"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from memlayer.errors import CheckpointError
-from memlayer.training.files import write_atomically
+from memlayer.files import write_atomically
 
 LOG_NAME = "log.jsonl"
 

@@ -29,9 +29,9 @@ from memlayer import __version__
 from memlayer import checkpoint as adapter_checkpoint
 from memlayer.data import IGNORED, StreamBatches, tokenize_documents
 from memlayer.errors import CheckpointError, ConfigError, DataError, TrainingError
+from memlayer.files import write_atomically
 from memlayer.training import checkpoints
 from memlayer.training.evaluation import Perplexities, measure_perplexities, validation_sample
-from memlayer.training.files import write_atomically
 from memlayer.training.interrupts import Interrupts
 from memlayer.training.log import LOG_NAME, TrainingLog
 from memlayer.training.plot import plot_curves, plotting_problem
