@@ -11,13 +11,13 @@ import html
 import json
 import os
 import re
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import memlayer
 from memlayer.errors import DataError
+from memlayer.files import write_atomically
 
 if TYPE_CHECKING:
     from memlayer.inspection.results import Inspection, Passage, Read
@@ -44,19 +44,9 @@ def write_page(inspection: Inspection, path: str | Path) -> None:
     Raises:
         DataError: if the file cannot be written there.
     """
-    path = Path(path)
     check_page_path(path)
-    text = render_page(inspection)
     try:
-        handle, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(part, 0o644)
-            os.replace(part, path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+        write_atomically(Path(path), render_page(inspection).encode("utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 

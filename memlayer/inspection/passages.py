@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from memlayer.memory import MemoryBank
 
+_COMPETING = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkTotal:
@@ -97,16 +99,18 @@ class PassageMaker:
             most: passages wanted.
         """
         left = dict(sorted(chunks.items(), key=lambda item: (-item[1].salience(tokens), item[0])))
-        found: list[tuple[float, Passage]] = []
-        # A passage takes its neighbours' weight too, so a few more than wanted compete.
-        while left and len(found) < 2 * most:
+        found: list[tuple[ChunkTotal, list[_Source], list[int]]] = []
+        # A passage has its neighbours' weight too: many compete, so that the best few of them are
+        # the same however many are wanted.
+        while left and len(found) < max(_COMPETING, most):
             run = self._run(next(iter(left)))
             inside = sorted({source.chunk for source in run if source.chunk in left})
-            total = sum_of([left.pop(chunk) for chunk in inside])
-            shown = self._show(run, inside, total.weight, len(total.readers))
-            found.append((total.salience(tokens), shown))
-        found.sort(key=lambda item: -item[0])
-        return [passage for _, passage in found[:most]]
+            found.append((sum_of([left.pop(chunk) for chunk in inside]), run, inside))
+        found.sort(key=lambda item: -item[0].salience(tokens))
+        return [
+            self._show(run, inside, total.weight, len(total.readers))
+            for total, run, inside in found[:most]
+        ]
 
     # ---------------------------------------------------------------- parts
 
