@@ -154,6 +154,10 @@ class MemoryBank:
         """
         return self._documents.number(name)
 
+    def find_document(self, name: str) -> DocumentRecord | None:
+        """Give what is known of a document, or None if there is none of that name."""
+        return self._documents.find(name)
+
     def note_document(self, name: str, *, sha256: str, complete: bool) -> None:
         """Record the checksum of a document's token ids, and whether all of it is memorized."""
         self._documents.update(name, sha256=sha256, complete=complete)

@@ -269,7 +269,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_what_is_wrong(damage, mess
 
 def test_there_is_no_pickle_in_a_checkpoint(stopped_run):
     names = [path for path in (stopped_run / "checkpoints").rglob("*") if path.is_file()]
-    assert {path.suffix for path in names} == {".json", ".safetensors"}
+    # The bank's lock holds the number of the process that wrote it.
+    kinds = {path.suffix for path in names if path.name != "lock"}
+    assert kinds == {".json", ".safetensors"}
 
 
 def test_nothing_to_resume_and_nothing_left_to_do_are_errors(
