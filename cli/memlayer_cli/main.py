@@ -22,6 +22,7 @@ from memlayer_cli.bank import bank
 from memlayer_cli.evaluate import evaluate
 from memlayer_cli.generate import generate
 from memlayer_cli.inspect import inspect
+from memlayer_cli.memorize import memorize
 from memlayer_cli.plugins import plugins
 from memlayer_cli.session import Session
 from memlayer_cli.train import train
@@ -35,6 +36,7 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_global_options)
     app.command()(train)
     app.add_typer(evaluate, name="eval")
+    app.command()(memorize)
     app.add_typer(bank, name="bank")
     app.command()(generate)
     app.command()(inspect)

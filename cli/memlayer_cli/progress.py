@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 
 def loading(what: str = "loading the model") -> AbstractContextManager[object]:
@@ -14,17 +15,25 @@ def loading(what: str = "loading the model") -> AbstractContextManager[object]:
     return Console(stderr=True).status(what)
 
 
+class Step(Protocol):
+    """Shows how far a piece of work is."""
+
+    def __call__(self, done: int, total: int, what: str | None = None) -> None:
+        """Show that ``done`` of ``total`` are done, of ``what`` if that changes."""
+
+
 @contextmanager
-def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(doing: str) -> Iterator[Step]:
     """Show a bar while the block runs.
 
     Args:
         doing: what is being done, once the first step is.
 
     Yields:
-        A function to call with what is done and what there is in all.
+        What to call after each step.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         Progress,
@@ -45,4 +54,9 @@ def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
     )
     with bar:
         task = bar.add_task("loading", total=None)
-        yield lambda done, total: bar.update(task, description=doing, completed=done, total=total)
+
+        def step(done: int, total: int, what: str | None = None) -> None:
+            description = doing if what is None else f"{doing} {escape(what)}"
+            bar.update(task, description=description, completed=done, total=total)
+
+        yield step
