@@ -22,7 +22,7 @@ bank="$directory/novel.bank"
 
 # Each command is a process of its own: what the next one knows of the book is on the disk. The
 # second time, the book is held already and nothing is read again.
-memlayer memorize "${model[@]}" "${new[@]}" --memory-size 131072 --bank "$bank" "$book"
+memlayer memorize "${model[@]}" ${new[@]+"${new[@]}"} --memory-size 131072 --bank "$bank" "$book"
 memlayer bank verify "$bank"
 
 memlayer generate "${model[@]}" --bank "$bank" --prompt "$prompt" \
