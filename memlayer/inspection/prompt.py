@@ -76,7 +76,8 @@ def inspect_completion(
 ) -> Inspection:
     """See what was read to write a text, in its last window if it is longer than one.
 
-    One pass over the text retrieves what its generation retrieved step by step.
+    One pass over the text retrieves what its generation retrieved step by step. Of a longer text,
+    what generation read back of its own beginning, which no bank holds, is not shown.
 
     Args:
         model: that wrote it, its memory unchanged.
