@@ -37,9 +37,20 @@ def inspect(
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            min=0, help="Let the model go on for N tokens, greedily, and inspect these too."
+            min=0,
+            help="Let the model go on for N tokens, and inspect these too. The likeliest ones, "
+            "unless an option below says to sample.",
         ),
     ] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sample; below 1 likely tokens more often than the model says."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample among the likeliest tokens that together have this probability."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Sample the same text each time.")] = None,
     passages: Annotated[
         int, typer.Option(help="Passages to list of those that were read most.")
     ] = OPTIONS.passages,
@@ -78,6 +89,7 @@ def inspect(
         return
     check_one_model(checkpoint, backbone)
     options = InspectionOptions(passages=passages, context=context)
+    picking = _picking(max_new_tokens, temperature, top_p, seed)
     text = read_prompt(prompt, prompt_file)
     from memlayer.completion import complete, encode_prompt
     from memlayer.inspection import inspect_completion, inspect_tokens, write_page
@@ -99,8 +111,7 @@ def inspect(
     with loading():
         loaded = load_model(names, bank=bank, plugins=session.plugins)
         model, tokenizer = loaded.model, loaded.tokenizer
-        if max_new_tokens:
-            picking = GenerationOptions(max_new_tokens=max_new_tokens, greedy=True)
+        if picking is not None:
             written = complete(model, tokenizer, text, picking, chat=chat)
             found = inspect_completion(model, tokenizer, written, options)
         else:
@@ -119,6 +130,23 @@ def inspect(
         show_inspection(found, console)
         if html is not None:
             console.print(f"page: {html}", soft_wrap=True, markup=False)
+
+
+def _picking(
+    tokens: int, temperature: float | None, top_p: float | None, seed: int | None
+) -> GenerationOptions | None:
+    samples = any(value is not None for value in (temperature, top_p, seed))
+    if tokens:
+        return GenerationOptions(
+            max_new_tokens=tokens,
+            greedy=not samples,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+    if samples:
+        raise typer.BadParameter("--temperature, --top-p and --seed need --max-new-tokens")
+    return None
 
 
 def _inspect_bank(bank: Path | None, others: list[object], json: str | None) -> None:

@@ -25,8 +25,9 @@ bank="$directory/novel.bank"
 memlayer memorize "${model[@]}" ${new[@]+"${new[@]}"} --memory-size 131072 --bank "$bank" "$book"
 memlayer bank verify "$bank"
 
-memlayer generate "${model[@]}" --bank "$bank" --prompt "$prompt" \
-    --greedy --max-new-tokens 60 --show-sources
+pick=(--max-new-tokens 70 --temperature 0.7 --top-p 0.9 --seed 1)
+memlayer generate "${model[@]}" --bank "$bank" --prompt "$prompt" "${pick[@]}" --show-sources
 
-memlayer inspect "${model[@]}" --bank "$bank" --prompt "$prompt" \
-    --max-new-tokens 60 --passages 6 --html "$directory/novel.html"
+# The same text again, since the seed is the same, and every token of it looked into.
+memlayer inspect "${model[@]}" --bank "$bank" --prompt "$prompt" "${pick[@]}" \
+    --html "$directory/novel.html"

@@ -62,6 +62,16 @@ def test_a_text_can_be_written_and_inspected_in_one_go(remembering, inspect):
     assert found["summed"] == [len(PROMPT) - 1, len(PROMPT) - 1 + made]
 
 
+def test_an_inspected_text_can_be_sampled_like_a_generated_one(remembering, inspect, capsys):
+    options = ["--prompt", PROMPT, "--max-new-tokens", "9", "--temperature", "2", "--seed", "3"]
+    found = json.loads(inspect(*remembering.model, *options, "--json", "-"))
+    assert run(["generate", *remembering.model, *options, "--json", "-"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert len(found["tokens"]) == len(PROMPT) + made["new_tokens"]
+    text = "".join(token["text"] for token in found["tokens"]).removeprefix(PROMPT)
+    assert text.removesuffix("<end>") == made["text"]
+
+
 def test_without_a_bank_there_is_nothing_to_read(remembering, inspect):
     shown = inspect("--checkpoint", remembering.checkpoint, "--prompt", PROMPT)
     assert "nothing was read: the memory is empty" in shown
@@ -94,6 +104,10 @@ def test_a_bank_alone_is_described(remembering, inspect):
             "there is no folder no/such for the page; make it first",
         ),
         (["--backbone", "b", "--prompt", "x", "--html", "."], ". is a folder, not a file"),
+        (
+            ["--backbone", "b", "--prompt", "x", "--seed", "1"],
+            "--temperature, --top-p and --seed need --max-new-tokens",
+        ),
     ],
     ids=lambda value: value.split(";")[0][:40] if isinstance(value, str) else "",
 )
