@@ -140,7 +140,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
             with_side_layers(past_key_values, self.side_network.sources, len(self.parts.layers))
         states = run_backbone(
             self.parts,
-            outputs_of=self.side_network.boundaries,
+            outputs_of=self.side_network.outputs,
             calls_of=self.side_network.sources,
             memory_layers=self._memory_layers,
             **inputs,
