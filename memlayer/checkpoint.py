@@ -25,6 +25,7 @@ from torch import Tensor
 from memlayer import __version__
 from memlayer.config import LongMemConfig
 from memlayer.errors import CheckpointError, ConfigError
+from memlayer.json_fields import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 _SKETCHED = 64
+_LARGEST_CONFIG = 2**20
+_WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_adapter(model: LongMemModel, directory: Path) -> None:
@@ -76,6 +79,12 @@ def load_adapter(model: LongMemModel, directory: Path) -> None:
             f"{directory / WEIGHTS_NAME} does not fit its settings ({len(wrong)} tensors, first "
             f"{wrong[0]!r}); {CONFIG_NAME} was changed or belongs to another checkpoint"
         )
+    for name, weight in weights.items():
+        if weight.dtype not in _WEIGHT_TYPES or not bool(weight.isfinite().all()):
+            raise CheckpointError(
+                f"{directory / WEIGHTS_NAME} is damaged: {name} must be finite floating-point "
+                f"numbers, got {weight.dtype} with others among them"
+            )
     model.side_network.load_state_dict(weights)
 
 
@@ -152,25 +161,25 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json_object(path, largest=_LARGEST_CONFIG, error=CheckpointError).values
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no checkpoint in {directory} (no {CONFIG_NAME}); give the directory that "
             "`memlayer train --output` or save_pretrained wrote"
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no settings")
     if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {config.get('format_version')!r}, this memlayer reads "
-            f"{FORMAT_VERSION}; it was written by memlayer {config.get('memlayer_version', '?')}"
+            f"{path} has format_version {config.get('format_version')!r:.40}, this memlayer reads "
+            f"{FORMAT_VERSION}; it was written by memlayer "
+            f"{config.get('memlayer_version', '?')!s:.40}"
         )
     expected = {"base_model_name_or_path": str, "base_model": dict, "memory": dict, "sha256": str}
     for name, kind in expected.items():
         if not isinstance(config.get(name), kind):
-            raise CheckpointError(f"{path} is damaged: {name} is {config.get(name)!r}")
+            raise CheckpointError(f"{path} is damaged: {name} is {config.get(name)!r:.80}")
+    sketch = config.get("base_model_sketch")
+    if not isinstance(sketch, list) or not all(_is_number(value) for value in sketch):
+        raise CheckpointError(f"{path} is damaged: base_model_sketch is {sketch!r:.80}")
     return config
 
 
@@ -186,15 +195,15 @@ def check_backbone(backbone: PreTrainedModel, config: Mapping[str, Any], directo
     if different:
         key = different[0]
         raise CheckpointError(
-            f"the checkpoint in {directory} was made for {name!r} with {key}={saved.get(key)!r}, "
-            f"this backbone has {key}={own[key]!r}"
+            f"the checkpoint in {directory} was made for {name!r:.80} with "
+            f"{key}={saved.get(key)!r:.80}, this backbone has {key}={own[key]!r}"
         )
-    sketch = torch.tensor(config.get("base_model_sketch") or [], dtype=torch.float32)
+    sketch = torch.tensor(config["base_model_sketch"], dtype=torch.float32)
     weights = _sketch(backbone)
     # 1 % covers a backbone loaded in bfloat16 (0.4 %); other weights differ by much more.
     if sketch.shape != weights.shape or not torch.allclose(sketch, weights, rtol=0.01, atol=1e-6):
         raise CheckpointError(
-            f"the checkpoint in {directory} was made for {name!r}; this backbone has the same "
+            f"the checkpoint in {directory} was made for {name!r:.80}; this backbone has the same "
             "architecture but other weights"
         )
 
@@ -206,6 +215,11 @@ def _settings(config: Mapping[str, Any], directory: Path) -> LongMemConfig:
         raise CheckpointError(f"{directory / CONFIG_NAME} is damaged: {error}") from error
 
 
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= torch.finfo(torch.float32).max
+
+
 def _side_weights(model: LongMemModel) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in model.side_network.state_dict().items()}
 
@@ -213,6 +227,9 @@ def _side_weights(model: LongMemModel) -> dict[str, Tensor]:
 def _read_weights(directory: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     path = directory / WEIGHTS_NAME
     try:
+        # Before it is opened: a pipe would wait for its other end.
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is damaged: it is no ordinary file")
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from memlayer.errors import MemoryFormatError
+from memlayer.json_fields import Fields, read_json_object
 from memlayer.memory.documents import DocumentRecord
-from memlayer.memory.fields import Fields, read_json_object
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -202,7 +202,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
-        content = read_json_object(path, largest=LARGEST_MANIFEST)
+        content = read_json_object(path, largest=LARGEST_MANIFEST, error=MemoryFormatError)
     except FileNotFoundError as error:
         raise MemoryFormatError(f"there is no memory bank in {directory}") from error
     version = content.values.get("format_version")
@@ -218,7 +218,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise MemoryFormatError(f"{path} is damaged: {error}") from error
     if content.values.get("checksum") != expected:
         raise MemoryFormatError(f"{path} does not match its checksum: it was changed")
-    return _parse(Fields(rest, path))
+    return _parse(Fields(rest, path, MemoryFormatError))
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from memlayer.errors import MemoryFormatError
+if TYPE_CHECKING:
+    from memlayer.errors import MemlayerError
 
 LARGEST = 2**53
 """Whole numbers beyond this are no count of anything."""
@@ -21,18 +22,20 @@ class Fields:
     Attributes:
         values: the object.
         path: the file that it stands in, for messages.
+        error: what is raised of a field that is wrong.
         place: where in the file, for messages: ``"shards[2]."``.
     """
 
     values: dict[str, Any]
     path: Path
+    error: type[MemlayerError]
     place: str = ""
 
-    def damaged(self, name: str, expected: str) -> MemoryFormatError:
+    def damaged(self, name: str, expected: str) -> MemlayerError:
         """Give the error for a field that is not what it has to be."""
         got = repr(self.values[name]) if name in self.values else "nothing"
         got = got if len(got) <= 60 else f"{got[:57]}..."
-        return MemoryFormatError(
+        return self.error(
             f"{self.path} is damaged: {self.place}{name} must be {expected}, got {got}"
         )
 
@@ -75,7 +78,7 @@ class Fields:
         value: Any = self.values.get(name)
         if not isinstance(value, dict):
             raise self.damaged(name, "an object")
-        return Fields(value, self.path, f"{self.place}{name}.")
+        return Fields(value, self.path, self.error, f"{self.place}{name}.")
 
     def optional_object(self, name: str) -> Fields | None:
         """Take an object or null."""
@@ -87,7 +90,7 @@ class Fields:
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.damaged(name, "a list of objects")
         return [
-            Fields(item, self.path, f"{self.place}{name}[{number}].")
+            Fields(item, self.path, self.error, f"{self.place}{name}[{number}].")
             for number, item in enumerate(value)
         ]
 
@@ -95,41 +98,41 @@ class Fields:
         """Refuse fields that this version does not know."""
         unknown = sorted(set(self.values) - set(names))
         if unknown:
-            raise MemoryFormatError(
+            raise self.error(
                 f"{self.path} is damaged: unknown field {self.place}{unknown[0][:40]!r}"
             )
 
 
-def read_json_object(path: Path, *, largest: int) -> Fields:
+def read_json_object(path: Path, *, largest: int, error: type[MemlayerError]) -> Fields:
     """Read a file that holds one JSON object.
 
     Args:
         path: the file.
         largest: bytes beyond which it is not read.
+        error: what to raise if it is no ordinary file, too large, or not one JSON object.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        MemoryFormatError: if it is no ordinary file, too large, or not one JSON object.
     """
     try:
         # Before it is opened: a pipe would wait for its other end.
         if path.exists() and not path.is_file():
-            raise MemoryFormatError(f"{path} is damaged: it is no ordinary file")
+            raise error(f"{path} is damaged: it is no ordinary file")
         with path.open("rb") as file:
             content = file.read(largest + 1)
         if len(content) > largest:
-            raise MemoryFormatError(f"{path} is damaged: it has more than {largest:,} bytes")
+            raise error(f"{path} is damaged: it has more than {largest:,} bytes")
         value = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise
-    except MemoryFormatError:
+    except error:
         raise
     # A RecursionError comes from lists within lists within lists.
-    except (OSError, ValueError, RecursionError) as error:
-        raise MemoryFormatError(f"{path} is damaged: {error}") from error
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path} is damaged: {problem}") from problem
     if not isinstance(value, dict):
-        raise MemoryFormatError(f"{path} is damaged: it holds no JSON object")
-    return Fields(value, path)
+        raise error(f"{path} is damaged: it holds no JSON object")
+    return Fields(value, path, error)
 
 
 def _is_whole(value: Any, least: int) -> bool:
