@@ -85,7 +85,7 @@ def test_a_backbone_alone_writes_the_layers_it_is_given(remembering, novels, tmp
 
 def test_ctrl_c_leaves_a_whole_bank_and_the_same_command_goes_on(remembering, tmp_path, memorize):
     long = tmp_path / "long.txt"
-    long.write_text(MILL * 800, encoding="utf-8")
+    long.write_text(MILL * 300, encoding="utf-8")
     command = ["memorize", "--checkpoint", str(remembering.checkpoint)]
     command += ["--bank", str(tmp_path / "bank"), str(long), "--save-every", "1"]
     code = "from memlayer_cli.main import main; main()"
@@ -103,7 +103,7 @@ def test_ctrl_c_leaves_a_whole_bank_and_the_same_command_goes_on(remembering, tm
     assert report.whole
     (document,) = report.info.documents
     assert not document.complete
-    assert 0 < document.tokens < len(MILL) * 800
+    assert 0 < document.tokens < len(MILL) * 300
     shown = memorize(long, "--save-every", 500)
     assert f"continued from token {document.tokens:,}" in shown
 
