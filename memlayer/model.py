@@ -29,6 +29,7 @@ from memlayer.ingestion import memorize_stream
 from memlayer.inputs import decoder_inputs
 from memlayer.kv_cache import with_side_layers
 from memlayer.memory import BankReader, MemoryBank, MemoryReader
+from memlayer.memory.identity import bank_identity
 from memlayer.plugins import Plugins, default_plugins
 from memlayer.side_network import SideNetwork
 
@@ -351,7 +352,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
             device=self.device,
             shared=config.memory_scope == "batch",
             slack=config.segment_length,
-            identity=f"{checkpoint.fingerprint(self.backbone)} layers {list(self._memory_layers)}",
+            identity=bank_identity(checkpoint.fingerprint(self.backbone), self._memory_layers),
         )
 
     # ---------------------------------------------------------------- training, saving

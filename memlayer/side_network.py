@@ -193,7 +193,7 @@ class SideNetwork(nn.Module):
         def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query = queries.pop()
             retrieved = memory.retrieve(query, layer=number)
-            recalled = memory_attention(self._rotate(query), retrieved, parts.scaling(attention))
+            recalled = memory_attention(self.rotate(query), retrieved, parts.scaling(attention))
             # (B, T, H * D) <-> (B, H, T, D)
             local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)
             fused = fuse(local, recalled.to(local.dtype), gate, retrieved.found.any(dim=-1))
@@ -213,7 +213,7 @@ class SideNetwork(nn.Module):
         ):
             yield
 
-    def _rotate(self, query: Tensor) -> Tensor:
+    def rotate(self, query: Tensor) -> Tensor:
         """Turn queries as if every retrieved key stood ``memory_distance`` tokens before them."""
         rotary = self._parts.rotary
         if self.memory_distance is None or rotary is None:
