@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -282,6 +284,24 @@ def test_a_returned_cache_continues_the_text(llama, make_tokens):
         **GREEDY,
     )
     assert torch.equal(rest, whole)
+
+
+@torch.no_grad()
+def test_a_copied_cache_continues_on_its_own(llama, make_tokens):
+    model = wrap(llama)
+    prompt, questions = make_tokens(1, 70), [make_tokens(1, 5, seed=n) for n in (1, 2)]
+    first = model.generate(prompt, max_new_tokens=1, return_dict_in_generate=True, **GREEDY)
+    for question in questions:
+        text = torch.cat([prompt, question], dim=1)
+        # The last token was given and not read yet; the question takes its place.
+        continued = model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            past_key_values=copy.deepcopy(first.past_key_values),
+            max_new_tokens=40,
+            **GREEDY,
+        )
+        assert torch.equal(continued, model.generate(text, max_new_tokens=40, **GREEDY))
 
 
 @torch.no_grad()
