@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -121,6 +123,61 @@ def test_a_tampered_configuration_is_refused(saved, change, message):
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
+        memlayer.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "adapter_config.json is damaged: maximum recursion depth"),
+        ('{"format_version": ' + "9" * 10_000 + "}", "is damaged: Exceeds the limit"),
+        ("[]", "is damaged: it holds no JSON object"),
+        (" " * 2**20 + "{}", "is damaged: it has more than 1,048,576 bytes"),
+    ],
+    ids=["deep", "long number", "no object", "large"],
+)
+def test_a_configuration_that_chokes_a_parser_is_refused(tmp_path, content, message):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        memlayer.load(tmp_path)
+
+
+@pytest.mark.parametrize("saved", ["llama"], indirect=True)
+def test_a_sketch_that_is_no_list_of_numbers_is_refused(saved):
+    _, directory, _ = saved
+    path = directory / "adapter_config.json"
+    content = json.loads(path.read_text())
+    for sketch in (None, "text", [[]], ["1"], [1e300], [True], [float("nan")]):
+        path.write_text(json.dumps(content | {"base_model_sketch": sketch}))
+        with pytest.raises(CheckpointError, match="is damaged: base_model_sketch is"):
+            memlayer.load(directory)
+
+
+@pytest.mark.parametrize("saved", ["llama"], indirect=True)
+@pytest.mark.parametrize(
+    "change", [lambda w: w.fill_(float("nan")), lambda w: w.long()], ids=["not finite", "integers"]
+)
+def test_weights_that_are_no_finite_numbers_are_refused_whatever_their_checksum(saved, change):
+    model, directory, _ = saved
+    path = directory / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(iter(weights))
+    save_file(weights | {name: change(weights[name])}, path)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{name} must be finite floating-point"):
+        memlayer.load(directory, backbone=model.unwrap())
+
+
+@pytest.mark.parametrize("saved", ["llama"], indirect=True)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(saved, name):
+    _, directory, _ = saved
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    with pytest.raises(CheckpointError, match="is damaged: it is no ordinary file"):
         memlayer.load(directory)
 
 

@@ -96,7 +96,7 @@ def test_documents_that_are_held_are_not_read_again(make_model, backbone, tmp_pa
     assert bank_info(tmp_path).lengths == (sum(len(document.text) for document in TEXTS),)
 
 
-@pytest.mark.parametrize("saves", range(8))
+@pytest.mark.parametrize("saves", [0, 1, 3, 6])
 def test_a_stopped_run_goes_on_to_the_same_bank(make_model, backbone, tmp_path, saves):
     whole = make_model()
     memorize_documents(whole, backbone.tokenizer, TEXTS, tmp_path / "whole")
