@@ -112,12 +112,15 @@ def kill_one(directory: Path, draw: random.Random) -> list[int]:
             traceback.print_exc()
         os._exit(1)
     os.close(writable)
-    time.sleep(draw.uniform(0.0, 0.12))
+    # Some saves first, so that a slow machine is not killed before each one's beginning.
+    data = b""
+    for _ in range(draw.randint(0, 3)):
+        data += os.read(readable, _NUMBER.size)
+    time.sleep(draw.uniform(0.0, 0.06))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WTERMSIG(status) != signal.SIGKILL:
         raise SystemExit("a writer ended before it was killed")
-    data = b""
     while part := os.read(readable, 65536):
         data += part
     os.close(readable)
