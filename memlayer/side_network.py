@@ -60,7 +60,7 @@ class MemoryView:
     expand: int = 1
 
 
-GENTLE_GATE = -1.5
+GENTLE_GATE = -2.0
 """Where gates start, unless with ``side_init="backbone"``: half of the attention (the paper's 0) is
 more than an untrained layer can use."""
 
