@@ -2,10 +2,10 @@
 
     python benchmarks/untrained_reading.py --data FILE [--layers 15 20 21 24] [--gates -1.5 0]
 
-With ``side_init="identity"`` an untrained model differs from its backbone only by what it reads
-from memory. For each memory layer and gate this prints the change of the mean loss against the
-backbone's, in percent of a nat, over fresh segments of one document, for the first and the second
-half of each segment (the second has local context, so it is the honest one).
+An untrained model differs from its backbone only by what it reads from memory. For each memory
+layer and gate this prints the change of the mean loss against the backbone's, in percent of a nat,
+over fresh segments of one document, for the first and the second half of each segment (the second
+has local context, so it is the honest one).
 """
 
 from __future__ import annotations

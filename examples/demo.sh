@@ -10,8 +10,7 @@ set -euo pipefail
 
 output="${1:-runs/demo-$(date +%Y%m%d-%H%M%S)}"
 
-# Layer 20 of 30 is the one that SmolLM2 reads well from before any training (docs/results.md); the
-# rates are twice the defaults, since so few steps, with a decay to 0, go only so far.
+# Layer 20 of 30 is the one that SmolLM2 reads well from before any training (docs/results.md).
 exec memlayer train \
     --backbone smollm2-135m \
     --data python-stdlib \
@@ -20,7 +19,5 @@ exec memlayer train \
     --segment-length 512 \
     --memory-size 16384 \
     --memory-layer 20 \
-    --learning-rate 6e-4 \
-    --gate-learning-rate 4e-2 \
     --steps 28 \
     --eval-tokens 6144

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from memlayer.memory import MemoryReader
 
 
-GENTLE_GATE = -1.5
+GENTLE_GATE = -2.0
 """Where gates start, unless with ``side_init="backbone"``: half of the attention (the paper's 0) is
 more than an untrained layer can use."""
 
