@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import select
 import signal
 import struct
 import sys
@@ -112,12 +113,22 @@ def kill_one(directory: Path, draw: random.Random) -> list[int]:
             traceback.print_exc()
         os._exit(1)
     os.close(writable)
-    time.sleep(draw.uniform(0.0, 0.12))
+    # So many saves, and then at any moment of the next one or two, however fast the machine is.
+    data, began = b"", time.perf_counter()
+    saves = draw.randrange(8)
+    while len(data) < saves * _NUMBER.size:
+        if not select.select([readable], [], [], 60)[0]:
+            raise SystemExit("a writer has saved nothing for a minute")
+        part = os.read(readable, 65536)
+        if not part:
+            raise SystemExit("a writer ended before it was killed")
+        data += part
+    mean = (time.perf_counter() - began) / saves if saves else 0.05
+    time.sleep(draw.uniform(0.0, 2 * mean))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WTERMSIG(status) != signal.SIGKILL:
         raise SystemExit("a writer ended before it was killed")
-    data = b""
     while part := os.read(readable, 65536):
         data += part
     os.close(readable)
