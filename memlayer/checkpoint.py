@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from memlayer.model import LongMemModel
+    from memlayer.plugins import Plugins
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
@@ -91,6 +92,8 @@ def load(
     directory: str | Path,
     backbone: PreTrainedModel | None = None,
     backend: str | None = None,
+    *,
+    plugins: Plugins | None = None,
     **changes: Any,
 ) -> LongMemModel:
     """Load a trained model: its backbone, its side network and an empty memory.
@@ -99,6 +102,7 @@ def load(
         directory: where `LongMemModel.save_pretrained` wrote, or a Hub id.
         backbone: the backbone; loaded by the name in the checkpoint if None.
         backend: a retrieval backend instead of the one in the checkpoint.
+        plugins: where backends and adapters come from; what is installed if None.
         changes: fields of `LongMemConfig` to set otherwise (``memory_size``, ``top_k``, ...).
 
     Raises:
@@ -118,7 +122,7 @@ def load(
     if backbone is None:
         backbone = load_backbone(str(saved["base_model_name_or_path"])).model
     check_backbone(backbone, saved, place)
-    model = wrap(backbone, config)
+    model = wrap(backbone, config, plugins=plugins)
     load_adapter(model, place)
     model.eval()
     return model

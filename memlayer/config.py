@@ -14,7 +14,7 @@ from memlayer.errors import ConfigError
 
 FORMAT_VERSION = 1
 
-SideInit = Literal["identity", "backbone"]
+SideInit = Literal["replace", "identity", "backbone"]
 MemoryScope = Literal["row", "batch"]
 ChunkKey = Literal["mean"]
 
@@ -24,7 +24,7 @@ class LongMemConfig:
     """What is kept, how it is searched and how it is read.
 
     All sizes count tokens. Defaults are the paper's (arXiv:2306.07174), except ``side_init``,
-    where the paper's choice is ``"backbone"`` (docs/design.md says why we start elsewhere).
+    where the paper's choice is ``"backbone"`` (docs/design.md says why ours is another).
 
     Raises:
         ConfigError: if a field has a wrong value; the message names field, value and remedy.
@@ -55,9 +55,11 @@ class LongMemConfig:
     segment_length: int = 1024
     """Tokens of one forward in training and evaluation: the local window."""
 
-    side_init: SideInit = "identity"
-    """``"identity"``: with an empty memory the wrapped model starts as the backbone.
-    ``"backbone"``: side layers start as plain copies of backbone layers, as in the paper."""
+    side_init: SideInit = "replace"
+    """How side layers stand to the backbone layers that they are copies of. ``"replace"``: in their
+    place; with an empty memory the wrapped model starts as the backbone. ``"identity"``: beside
+    them, with a weight that starts at 0, and so as the backbone too. ``"backbone"``: beside them,
+    with weight 1, as in the paper."""
 
     memory_distance: int | None = None
     """Tokens between a query and whatever it retrieves, as its rotary embedding sees it. None:

@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlayer import checkpoint
 from memlayer.capture import BackboneStates, run_backbone
 from memlayer.config import LongMemConfig
 from memlayer.decoders import DecoderParts, describe, find_parts
-from memlayer.errors import BackendUnavailableError, ConfigError, ShapeError
+from memlayer.errors import BackendUnavailableError, ConfigError
+from memlayer.generation import MemoryGeneration, WindowCache, advance, new_window
 from memlayer.ingestion import memorize_stream
 from memlayer.inputs import decoder_inputs
 from memlayer.kv_cache import with_side_layers
 from memlayer.memory import BankReader, MemoryBank, MemoryReader
+from memlayer.memory.identity import bank_identity
 from memlayer.plugins import Plugins, default_plugins
 from memlayer.side_network import SideNetwork
 
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from memlayer.retrieval import RetrievalBackend
 
 
-class LongMemModel(nn.Module, GenerationMixin):
+class LongMemModel(nn.Module, MemoryGeneration):
     """A frozen backbone, a side network that reads memory, and the memory.
 
     Made by `wrap` or `load`. Whatever this class does not define is the backbone's (``config``,
@@ -56,9 +58,6 @@ class LongMemModel(nn.Module, GenerationMixin):
     memory: MemoryBank
     memory_config: LongMemConfig
     parts: DecoderParts
-
-    main_input_name = "input_ids"
-    _is_stateful = False
 
     def __init__(
         self, backbone: PreTrainedModel, config: LongMemConfig, plugins: Plugins | None = None
@@ -141,7 +140,7 @@ class LongMemModel(nn.Module, GenerationMixin):
             with_side_layers(past_key_values, self.side_network.sources, len(self.parts.layers))
         states = run_backbone(
             self.parts,
-            outputs_of=self.side_network.boundaries,
+            outputs_of=self.side_network.outputs,
             calls_of=self.side_network.sources,
             memory_layers=self._memory_layers,
             **inputs,
@@ -208,8 +207,9 @@ class LongMemModel(nn.Module, GenerationMixin):
         Args:
             input_ids: ``(B, T)``, int64.
             attention_mask: ``(B, past + T)``, 0 for padding. Padding is never memorized.
-            position_ids: ``(B, T)``, int64.
-            past_key_values: a `DynamicCache`; holds the backbone's and the side network's layers.
+            position_ids: ``(B, T)``, int64. A cache made by `generate` counts them itself.
+            past_key_values: a `DynamicCache`, to hold the backbone's and the side network's layers,
+                or the cache that `generate` returned, whose oldest tokens go to memory.
             inputs_embeds: ``(B, T, E)`` instead of ``input_ids``.
             labels: ``(B, T)``, int64; shifted inside, -100 is not scored.
             use_cache: return a cache; as the backbone's config says if None and not training.
@@ -242,26 +242,39 @@ class LongMemModel(nn.Module, GenerationMixin):
             use_cache = past_key_values is not None or (
                 not self.training and bool(self.config.use_cache)
             )
-        states = self.encode(
-            input_ids,
-            attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-        )
         memory = self.memory if self._memory_on else None
-        expand = self._expansion(states.hidden_states[0].shape[0])
-        logits = self.read(states, memory, expand=expand, logits_to_keep=logits_to_keep)
+        cache = past_key_values
+        if cache is None and self._generating_rows is not None and inputs_embeds is None:
+            # generate(use_cache=False): every step is a forward over all of the text.
+            past_key_values = new_window(self, self._generating_rows)
+        if isinstance(past_key_values, WindowCache):
+            if input_ids is None:
+                raise ConfigError("input_ids must be given with the cache that generate() makes")
+            _refuse_in_window(labels=labels, update_memory=update_memory)
+            states, reader = advance(
+                self, past_key_values, input_ids, attention_mask, memory, logits_to_keep
+            )
+        else:
+            states = self.encode(
+                input_ids,
+                attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+            )
+            batch = states.hidden_states[0].shape[0]
+            expand = 1 if self._generating_rows is None else batch // self._generating_rows
+            reader = None if memory is None else BankReader(memory, expand)
+            cache = states.past_key_values
+        logits = self.read(states, reader, logits_to_keep=logits_to_keep)
         if update_memory:
             self.remember(states)
         loss = None
         if labels is not None:
             vocabulary = self.config.get_text_config(decoder=True).vocab_size
             loss = self.backbone.loss_function(logits, labels, vocab_size=vocabulary)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=states.past_key_values
-        )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
     def memorize(
@@ -296,34 +309,6 @@ class LongMemModel(nn.Module, GenerationMixin):
             ConfigError: if there is not one document a row, or a name is empty.
         """
         memorize_stream(self, input_ids, attention_mask, document=document, keep_text=keep_text)
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate as Hugging Face's ``generate`` does, reading memory at every step.
-
-        Memory is left as it is. With beams or several returned sequences, all of a prompt's
-        sequences read that prompt's row.
-
-        Raises:
-            ShapeError: if the number of prompts is not that of the memory's rows.
-        """
-        if not self._adapter_on:
-            plain: Any = self.backbone
-            return plain.generate(inputs, *args, **kwargs)
-        prompts = inputs if inputs is not None else kwargs.get("input_ids")
-        prompts = kwargs.get("inputs_embeds") if prompts is None else prompts
-        rows = 1 if prompts is None else int(prompts.shape[0])
-        memory = self.memory
-        if self._memory_on and memory.is_readable and not memory.shared and rows != memory.rows:
-            raise ShapeError(
-                f"the memory holds {memory.rows} rows, got {rows} prompts; give one prompt a row, "
-                "or call memory.clear() first"
-            )
-        self._generating_rows = rows
-        try:
-            return super().generate(inputs, *args, **kwargs)
-        finally:
-            self._generating_rows = None
 
     def disable_memory(self) -> AbstractContextManager[None]:
         """Run the side network without memory inside the block."""
@@ -367,7 +352,7 @@ class LongMemModel(nn.Module, GenerationMixin):
             device=self.device,
             shared=config.memory_scope == "batch",
             slack=config.segment_length,
-            identity=f"{checkpoint.fingerprint(self.backbone)} layers {list(self._memory_layers)}",
+            identity=bank_identity(checkpoint.fingerprint(self.backbone), self._memory_layers),
         )
 
     # ---------------------------------------------------------------- training, saving
@@ -439,11 +424,6 @@ class LongMemModel(nn.Module, GenerationMixin):
         output: CausalLMOutputWithPast | tuple[Any, ...] = self.backbone(**given)
         return output
 
-    def _expansion(self, batch: int) -> int:
-        if self._generating_rows is None:
-            return 1
-        return batch // self._generating_rows
-
 
 def wrap(
     backbone: PreTrainedModel,
@@ -492,6 +472,15 @@ def _refuse_unsupported(arguments: dict[str, Any]) -> None:
             raise ConfigError(
                 f"argument {name}={value!r} is not supported with memory; use disable_adapter() "
                 "for the backbone's own"
+            )
+
+
+def _refuse_in_window(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ConfigError(
+                f"{name} is not supported with the cache that generate() makes; pass a "
+                "DynamicCache, or none"
             )
 
 

@@ -5,14 +5,21 @@ Each side layer is a copy of a backbone layer, run by that layer's own code with
 
 .. math:: s^0 = h^0, \qquad s^l = f_l(s^{l-1}) + (h^{rl} - h^{r(l-1)})
 
-with :math:`h` the residual stream before any final norm. With ``side_init="identity"``,
+with :math:`h` the residual stream before any final norm. So layer :math:`rl` counts twice, once in
+:math:`f_l` and once in the residual. With ``side_init="replace"`` (the default) it counts once: the
+side layer takes the place of backbone layer :math:`c_l` (from 0), the one that it is a copy of, and
+only the work of the layers it has no copy of is added,
+
+.. math:: s^l = f_l\bigl(s^{l-1} + (h^{c_l} - h^{r(l-1)})\bigr) + (h^{rl} - h^{c_l + 1})
+
+so that without memory the untrained network is the backbone, and what memory changes in one layer
+runs through all side layers above it. With ``side_init="identity"``,
 
 .. math:: s^l = s^{l-1} + a_l (f_l(s^{l-1}) - s^{l-1}) + (1 - a_l) m_l + (h^{rl} - h^{r(l-1)})
 
 where :math:`a_l` starts at 0, and :math:`m_l = W_o\, \sigma(g) (M - A)` is what memory changes in
-the output of the layer's attention (0 in layers that read none). The sum of the residuals alone is
-:math:`h^L`, so without memory the network starts as the backbone; memory enters at full strength
-from the first step, and at :math:`a_l = 1` the layer is the paper's.
+the output of the layer's attention (0 in layers that read none): the backbone at the start, too,
+but what memory changes passes by the layers above until their :math:`a` has grown.
 
 A layer that reads memory does so between its attention and the linear map behind it: one hook notes
 the queries as projected (not rotated), another fuses the concatenated heads. So eager, SDPA and
@@ -30,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayer.attention import fuse, memory_attention
-from memlayer.capture import BackboneStates, first_tensor
+from memlayer.capture import BackboneStates, LayerCall, first_tensor
 from memlayer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,8 +47,8 @@ if TYPE_CHECKING:
 
 
 GENTLE_GATE = -1.5
-"""Where gates start with ``side_init="identity"``: memory enters unscaled there, and half of the
-attention (the paper's 0) is more than an untrained layer can use."""
+"""Where gates start, unless with ``side_init="backbone"``: half of the attention (the paper's 0) is
+more than an untrained layer can use."""
 
 
 class SideNetwork(nn.Module):
@@ -55,11 +62,13 @@ class SideNetwork(nn.Module):
         layers: side layers, copies of backbone layers.
         norm: trainable copy of the final norm.
         gates: one ``(H,)`` float32 parameter a memory layer, before the sigmoid.
-        scales: ``(L_s,)`` float32, :math:`a_l`; None with ``side_init="backbone"``.
+        scales: ``(L_s,)`` float32, :math:`a_l`; None unless with ``side_init="identity"``.
+        replaces: whether side layers take the place of the layers that they are copies of.
         boundaries: for each side layer, the last backbone layer (from 0) whose work it stands for.
         sources: for each side layer, the backbone layer that it is a copy of, and with whose
             arguments it is called.
         readers: for each memory layer, the side layer that reads it.
+        outputs: the backbone layers, rising, whose outputs `forward` needs.
     """
 
     def __init__(self, parts: DecoderParts, config: LongMemConfig) -> None:
@@ -86,13 +95,16 @@ class SideNetwork(nn.Module):
             for number, source in enumerate(sources)
         )
         self.norm = _copy_module(parts.final_norm)
-        identity = config.side_init == "identity"
-        gate = torch.full(
-            (parts.num_attention_heads,), GENTLE_GATE if identity else 0.0, device=_device(parts)
-        )
+        self.replaces = config.side_init == "replace"
+        needed = set(self.boundaries)
+        if self.replaces:
+            needed.update(sources, (source - 1 for source in sources if source))
+        self.outputs = tuple(sorted(needed))
+        first_gate = 0.0 if config.side_init == "backbone" else GENTLE_GATE
+        gate = torch.full((parts.num_attention_heads,), first_gate, device=_device(parts))
         self.gates = nn.ParameterList(gate.clone() for _ in memory_layers)
         self.scales: nn.Parameter | None = None
-        if identity:
+        if config.side_init == "identity":
             self.scales = nn.Parameter(torch.zeros(len(sources), device=_device(parts)))
         self.memory_distance = config.memory_distance
 
@@ -100,29 +112,47 @@ class SideNetwork(nn.Module):
         """Give the final hidden states, normed: ``(B, T, E)``.
 
         Args:
-            states: of one backbone pass, with the outputs of ``boundaries`` and the calls of
-                ``sources``.
+            states: of one backbone pass, with what ``outputs`` names and the calls of ``sources``.
             memory: what to read; None leaves memory attention out, and so does an empty memory.
         """
         dtype = next(self.layers.parameters()).dtype
-        inner = [hidden.to(dtype) for hidden in states.hidden_states]
-        hidden = inner[0]
-        readers = {side: number for number, side in enumerate(self.readers)}
-        for number, (layer, call) in enumerate(zip(self.layers, states.calls, strict=True)):
-            changes: list[Tensor] = []
-            with ExitStack() as hooks:
-                if memory is not None and memory.is_readable and number in readers:
-                    reading = self._reading(layer, readers[number], memory, changes)
-                    hooks.enter_context(reading)
-                output = first_tensor(layer(hidden, *call.args, **call.kwargs))
-            if self.scales is not None:
-                scale = self.scales[number].to(dtype)
-                output = hidden + scale * (output - hidden)
-                for change in changes:
-                    output = output + (1 - scale) * change
-            hidden = output + (inner[number + 1] - inner[number])
+        # The backbone's residual stream above a layer; -1: the embeddings.
+        above = {
+            layer: hidden.to(dtype)
+            for layer, hidden in zip((-1, *self.outputs), states.hidden_states, strict=True)
+        }
+        hidden, covered = above[-1], -1
+        for number, (boundary, source) in enumerate(
+            zip(self.boundaries, self.sources, strict=True)
+        ):
+            call = states.calls[number]
+            if self.replaces:
+                reached = hidden + (above[source - 1] - above[covered])
+                output, _ = self._run(number, reached, call, memory)
+                hidden = output + (above[boundary] - above[source])
+            else:
+                output, changes = self._run(number, hidden, call, memory)
+                if self.scales is not None:
+                    scale = self.scales[number].to(dtype)
+                    output = hidden + scale * (output - hidden)
+                    for change in changes:
+                        output = output + (1 - scale) * change
+                hidden = output + (above[boundary] - above[covered])
+            covered = boundary
         normed: Tensor = self.norm(hidden)
         return normed
+
+    def _run(
+        self, number: int, hidden: Tensor, call: LayerCall, memory: MemoryReader | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run one side layer; give its output and what memory changed in its attention's."""
+        layer, changes = self.layers[number], list[Tensor]()
+        with ExitStack() as hooks:
+            if memory is not None and memory.is_readable and number in self.readers:
+                reading = self._reading(layer, self.readers.index(number), memory, changes)
+                hooks.enter_context(reading)
+            output = first_tensor(layer(hidden, *call.args, **call.kwargs))
+        return output, changes
 
     def parameter_groups(
         self, *, learning_rate: float, gate_learning_rate: float, weight_decay: float
@@ -163,7 +193,7 @@ class SideNetwork(nn.Module):
         def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query = queries.pop()
             retrieved = memory.retrieve(query, layer=number)
-            recalled = memory_attention(self._rotate(query), retrieved, parts.scaling(attention))
+            recalled = memory_attention(self.rotate(query), retrieved, parts.scaling(attention))
             # (B, T, H * D) <-> (B, H, T, D)
             local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)
             fused = fuse(local, recalled.to(local.dtype), gate, retrieved.found.any(dim=-1))
@@ -183,7 +213,7 @@ class SideNetwork(nn.Module):
         ):
             yield
 
-    def _rotate(self, query: Tensor) -> Tensor:
+    def rotate(self, query: Tensor) -> Tensor:
         """Turn queries as if every retrieved key stood ``memory_distance`` tokens before them."""
         rotary = self._parts.rotary
         if self.memory_distance is None or rotary is None:

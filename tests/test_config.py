@@ -24,7 +24,7 @@ from memlayer.errors import ConfigError
         ({"memory_distance": -1}, "memory_distance must be at least 0, got -1"),
         ({"top_k": 64.0}, "top_k must be a whole number, got 64.0"),
         ({"chunk_size": True}, "chunk_size must be a whole number, got True"),
-        ({"side_init": "zero"}, "side_init must be one of identity, backbone, got 'zero'"),
+        ({"side_init": "zero"}, "side_init must be one of replace, identity, backbone, got 'zero'"),
         ({"memory_scope": "all"}, "memory_scope must be one of row, batch, got 'all'"),
         ({"chunk_key": "sum"}, "chunk_key must be one of mean, got 'sum'"),
         ({"backend": ""}, "backend must be a name, got ''"),

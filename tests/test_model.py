@@ -62,26 +62,46 @@ def test_with_the_adapter_disabled_logits_are_the_backbones_bit_for_bit(backbone
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_identity_start_with_empty_memory_is_the_backbone(
-    family, attention, make_backbone, make_tokens
+@pytest.mark.parametrize("side_init", ["replace", "identity"])
+def test_an_untrained_side_network_with_empty_memory_is_the_backbone(
+    side_init, family, attention, make_backbone, make_tokens
 ):
     backbone = make_backbone(family, attention=attention)
     ids = make_tokens(2, 40)
     expected = backbone(ids).logits
-    got = wrap(backbone)(ids).logits
+    got = wrap(backbone, side_init=side_init)(ids).logits
     # Sums of residuals in another order.
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("memory_layer", [1, 2, 4])
+@pytest.mark.parametrize("side_init", ["replace", "identity"])
 def test_a_depth_that_the_reduction_factor_does_not_divide_is_covered_whole(
-    make_backbone, make_tokens
+    side_init, memory_layer, make_backbone, make_tokens
 ):
     backbone = make_backbone("llama", num_hidden_layers=5)
-    model = wrap(backbone)
+    model = wrap(backbone, side_init=side_init, memory_layers=(memory_layer,))
     assert model.side_network.boundaries == (1, 3, 4)
     ids = make_tokens(1, 20)
     torch.testing.assert_close(model(ids).logits, backbone(ids).logits, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_side_layer_with_its_layers_weights_does_what_that_layer_does_to_changed_states(
+    make_backbone, make_tokens
+):
+    # Every layer has a copy in its place, so a change of one runs through all others as it would
+    # in the backbone.
+    backbone, changed = make_backbone("llama"), make_backbone("llama")
+    ids = make_tokens(1, 20)
+    model = wrap(backbone, layer_reduction_factor=1)
+    for layer in (model.side_network.layers[1], changed.model.layers[1]):
+        for weight in layer.parameters():
+            weight.mul_(1.5)
+    got, expected = model(ids).logits, changed(ids).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(got, backbone(ids).logits, atol=1e-2)
 
 
 def test_unwrapping_leaves_the_backbone_as_it_was(backbone, make_tokens):
@@ -347,7 +367,7 @@ def test_a_memory_distance_turns_queries_by_that_many_positions(llama, make_toke
     query = torch.randn(1, 4, 3, 8)
     cos, sin = llama.model.rotary_emb(query, torch.tensor([[50]]))
     expected, _ = apply_rotary_pos_emb(query, query, cos, sin)
-    torch.testing.assert_close(model.side_network._rotate(query), expected)
+    torch.testing.assert_close(model.side_network.rotate(query), expected)
 
 
 def test_a_bank_of_another_model_is_refused(tmp_path, make_backbone, make_tokens):
@@ -390,7 +410,7 @@ def test_cached_steps_equal_one_forward(backbone, make_tokens):
 
 @torch.no_grad()
 def test_greedy_generation_follows_the_full_forward_under_left_padding(backbone, make_tokens):
-    model = trained(wrap(backbone))
+    model = trained(wrap(backbone, segment_length=32))
     model.memorize(make_tokens(2, 40, seed=1))
     ids = make_tokens(2, 12)
     mask = torch.ones_like(ids)
@@ -445,8 +465,9 @@ def test_trainable_parameters_are_printed_in_pefts_words(llama, capsys):
     )
 
 
-def test_parameter_groups_hold_every_parameter_once(llama):
-    model = wrap(llama)
+@pytest.mark.parametrize("side_init", ["replace", "identity"])
+def test_parameter_groups_hold_every_parameter_once(side_init, llama):
+    model = wrap(llama, side_init=side_init)
     groups = model.parameter_groups(learning_rate=1e-3, gate_learning_rate=0.1, weight_decay=0.01)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.trainable_parameters())
@@ -454,10 +475,8 @@ def test_parameter_groups_hold_every_parameter_once(llama):
     assert {p.dim() for p in matrices["params"]} == {2}
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
     assert (gates["lr"], gates["weight_decay"]) == (0.1, 0.0)
-    assert {id(p) for p in gates["params"]} == {
-        id(model.side_network.gates[0]),
-        id(model.side_network.scales),
-    }
+    single = [*model.side_network.gates, model.side_network.scales]
+    assert {id(p) for p in gates["params"]} == {id(p) for p in single if p is not None}
 
 
 def test_a_bfloat16_backbone_keeps_its_dtype_and_the_side_network_trains_in_float32(

@@ -236,17 +236,22 @@ def plain_forward(model, family, ids, memory):
     reduction, depth = model.memory_config.layer_reduction_factor, len(model.parts.layers)
     for number, layer in enumerate(side.layers):
         reads = {"memory": memory, "gate": side.gates[0].double()} if number == reader else {}
+        upper, lower = min(reduction * (number + 1), depth), reduction * number
+        if model.memory_config.side_init == "replace":
+            copied = side.sources[number]
+            reached = s + hidden[copied] - hidden[lower]
+            s = plain.layer(Weights(layer), reached, **reads) + hidden[upper] - hidden[copied + 1]
+            continue
         f = plain.layer(Weights(layer), s, **reads)
         scale = 1.0 if side.scales is None else side.scales[number].double()
         changed = plain.attention(Weights(layer), s, **reads) - plain.attention(Weights(layer), s)
-        upper, lower = min(reduction * (number + 1), depth), reduction * number
         s = s + scale * (f - s) + (1 - scale) * changed + (hidden[upper] - hidden[lower])
     memory.write(keys, values)
     return plain.head(backbone, plain.norm(norm, s))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side_init", ["identity", "backbone"])
+@pytest.mark.parametrize("side_init", ["replace", "identity", "backbone"])
 @pytest.mark.parametrize("family", PLAIN)
 def test_the_fast_path_computes_the_methods_equations(
     family, side_init, make_backbone, make_tokens

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from memlayer.evaluation.options import PerplexityOptions
 from memlayer_cli.json_output import STANDARD_OUTPUT, JsonOption, write_json
+from memlayer_cli.progress import progress_bar
 from memlayer_cli.train import DEFAULT_DATA
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def perplexity(
     )
     from memlayer.evaluation import evaluate_perplexity_from_names
 
-    with _progress_bar() as progress:
+    with progress_bar("scoring") as progress:
         result = evaluate_perplexity_from_names(
             data or [DEFAULT_DATA],
             options,
@@ -177,34 +176,6 @@ def perplexity(
         write_json(result.to_dict(), json)
     if json != STANDARD_OUTPUT:
         _show(result)
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total: bar.update(
-            task, description="scoring", completed=done, total=total
-        )
 
 
 def _show(result: PerplexityResult) -> None:

@@ -18,7 +18,11 @@ import memlayer
 from memlayer.errors import MemlayerError, PluginError
 from memlayer.plugins import DISTRIBUTION, Plugins, default_plugins
 from memlayer.registry import Source
+from memlayer_cli.bank import bank
 from memlayer_cli.evaluate import evaluate
+from memlayer_cli.generate import generate
+from memlayer_cli.inspect import inspect
+from memlayer_cli.memorize import memorize
 from memlayer_cli.plugins import plugins
 from memlayer_cli.session import Session
 from memlayer_cli.train import train
@@ -32,6 +36,10 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_global_options)
     app.command()(train)
     app.add_typer(evaluate, name="eval")
+    app.command()(memorize)
+    app.add_typer(bank, name="bank")
+    app.command()(generate)
+    app.command()(inspect)
     app.command()(plugins)
     return app
 

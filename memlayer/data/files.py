@@ -51,6 +51,19 @@ def read_file(path: Path, name: str, text_field: str) -> list[Document]:
     return _with_text(documents, path)
 
 
+def read_text(path: Path) -> str:
+    """Give a text file's whole text, whatever its extension.
+
+    Raises:
+        DataError: if the file cannot be read.
+        NotTextError: if it is binary, or not UTF-8.
+    """
+    try:
+        return _decode(path.read_bytes(), path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def read_folder(folder: Path, text_field: str) -> list[Document]:
     """Give the documents of all files below a folder, sorted by path.
 

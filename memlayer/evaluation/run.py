@@ -10,10 +10,10 @@ import memlayer
 from memlayer.backbones import Backbone, load_backbone
 from memlayer.checkpoint import find_checkpoint, load, read_config
 from memlayer.data import load_documents, tokenize_documents
+from memlayer.devices import choose_device
 from memlayer.errors import ConfigError
 from memlayer.evaluation.documents import first_tokens
 from memlayer.evaluation.perplexity import Progress, evaluate_perplexity
-from memlayer.training.run import choose_device
 
 if TYPE_CHECKING:
     from memlayer.data.documents import Split

@@ -122,6 +122,20 @@ class MemoryBank:
         """Whether any row holds a whole chunk."""
         return self._ring is not None and bool(self._held_chunks().any())
 
+    def chunk_numbers(self, row: int) -> range:
+        """Give the numbers of the chunks that can be retrieved in a row, the oldest first."""
+        if not self.rows:
+            return range(0)
+        written = int(self._held_ring().written[row])
+        return range(written - int(self._held_chunks()[row]), written)
+
+    def tokens_written(self, row: int) -> int:
+        """Count the tokens that a row was ever given since its last clear, waiting ones too."""
+        if not self.rows:
+            return 0
+        chunks = int(self._held_ring().written[row])
+        return chunks * self.chunk_size + int(self._held_waiting().lengths[row])
+
     @property
     def documents(self) -> list[str]:
         """Names of the documents that were memorized; a document's number is its place here."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from memlayer.backbones import load_backbone
 from memlayer.data import load_documents
-from memlayer.errors import BackendUnavailableError, ConfigError
+from memlayer.devices import choose_device
+from memlayer.errors import BackendUnavailableError
 from memlayer.model import wrap
 from memlayer.plugins import default_plugins
 from memlayer.training.loop import TrainingResult, check_output, train
@@ -79,23 +80,3 @@ def train_from_names(
         resume=resume,
         progress=progress,
     )
-
-
-def choose_device(name: str) -> str:
-    """Resolve ``"auto"`` and check that the device is there.
-
-    Raises:
-        ConfigError: if torch knows no such device, or this machine has none.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device must be one that torch can use here, such as auto or cpu, got {name!r} "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    return name

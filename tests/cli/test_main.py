@@ -57,13 +57,26 @@ def imported_by(result: subprocess.CompletedProcess) -> set[str]:
 def test_help_lists_the_commands_and_imports_nothing_heavy():
     result = memlayer_process("--help", python=("-X", "importtime"))
     assert result.returncode == 0
-    for command in ("train", "eval", "plugins"):
+    for command in ("train", "eval", "memorize", "bank", "generate", "inspect", "plugins"):
         assert command in result.stdout
     assert not imported_by(result) & HEAVY
 
 
 @pytest.mark.parametrize(
-    "command", [["train"], ["eval"], ["eval", "perplexity"], ["plugins"]], ids=" ".join
+    "command",
+    [
+        ["train"],
+        ["eval"],
+        ["eval", "perplexity"],
+        ["memorize"],
+        ["bank"],
+        ["bank", "info"],
+        ["bank", "verify"],
+        ["generate"],
+        ["inspect"],
+        ["plugins"],
+    ],
+    ids=" ".join,
 )
 def test_every_command_has_help_without_importing_torch(command):
     result = memlayer_process(*command, "--help", python=("-X", "importtime"))

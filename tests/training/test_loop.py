@@ -155,7 +155,12 @@ def test_weight_decay_spares_gates_scales_norms_and_biases(
     make_model, tokenizer, documents, make_options, tmp_path
 ):
     trainer = Trainer(
-        make_model(), tokenizer, documents, [], make_options(weight_decay=0.5), output=tmp_path
+        make_model(side_init="identity"),
+        tokenizer,
+        documents,
+        [],
+        make_options(weight_decay=0.5),
+        output=tmp_path,
     )
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     decayed, spared = set(), set()
