@@ -275,8 +275,8 @@ def _check_settings(bank: MemoryBank, directory: Path, manifest: Manifest) -> No
     for name, value in vars(own).items():
         if getattr(saved, name) != value:
             raise MemoryFormatError(
-                f"the bank in {directory} has {name}={getattr(saved, name)!r:.200}, this model needs "
-                f"{value!r}; load it with the model and settings that wrote it"
+                f"the bank in {directory} has {name}={getattr(saved, name)!r:.200}, this model "
+                f"needs {value!r}; load it with the model and settings that wrote it"
             )
 
 
