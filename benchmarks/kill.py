@@ -88,7 +88,7 @@ class Found:
     Attributes:
         kills: processes ended.
         saves: acknowledged saves.
-        amid: kills that left files of a save that was not finished.
+        amid: kills amid a save: files that the manifest does not name, or not any more, were left.
         unacknowledged: kills after which a save was there that had not been acknowledged yet.
         before_any: kills before anything was saved.
     """
@@ -195,7 +195,7 @@ def main() -> None:
             check(directory, acknowledged, found)
     print(
         f"{found.kills} kills, {found.saves} acknowledged saves of {acknowledged} tokens, "
-        f"0 lost, 0 damaged; {found.amid} kills left an unfinished save, "
+        f"0 lost, 0 damaged; {found.amid} kills left files of a save under way, "
         f"{found.unacknowledged} a finished one that was not acknowledged, "
         f"{found.before_any} came before anything was saved; "
         f"{time.perf_counter() - began:.0f} s"
