@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import select
 import signal
 import struct
 import sys
@@ -87,7 +88,7 @@ class Found:
     Attributes:
         kills: processes ended.
         saves: acknowledged saves.
-        amid: kills that left files of a save that was not finished.
+        amid: kills amid a save: files that the manifest does not name, or not any more, were left.
         unacknowledged: kills after which a save was there that had not been acknowledged yet.
         before_any: kills before anything was saved.
     """
@@ -112,11 +113,18 @@ def kill_one(directory: Path, draw: random.Random) -> list[int]:
             traceback.print_exc()
         os._exit(1)
     os.close(writable)
-    # Some saves first, so that a slow machine is not killed before each one's beginning.
-    data = b""
-    for _ in range(draw.randint(0, 3)):
-        data += os.read(readable, _NUMBER.size)
-    time.sleep(draw.uniform(0.0, 0.06))
+    # So many saves, and then at any moment of the next one or two, however fast the machine is.
+    data, began = b"", time.perf_counter()
+    saves = draw.randrange(8)
+    while len(data) < saves * _NUMBER.size:
+        if not select.select([readable], [], [], 60)[0]:
+            raise SystemExit("a writer has saved nothing for a minute")
+        part = os.read(readable, 65536)
+        if not part:
+            raise SystemExit("a writer ended before it was killed")
+        data += part
+    mean = (time.perf_counter() - began) / saves if saves else 0.05
+    time.sleep(draw.uniform(0.0, 2 * mean))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WTERMSIG(status) != signal.SIGKILL:
@@ -187,7 +195,7 @@ def main() -> None:
             check(directory, acknowledged, found)
     print(
         f"{found.kills} kills, {found.saves} acknowledged saves of {acknowledged} tokens, "
-        f"0 lost, 0 damaged; {found.amid} kills left an unfinished save, "
+        f"0 lost, 0 damaged; {found.amid} kills left files of a save under way, "
         f"{found.unacknowledged} a finished one that was not acknowledged, "
         f"{found.before_any} came before anything was saved; "
         f"{time.perf_counter() - began:.0f} s"

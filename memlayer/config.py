@@ -6,7 +6,7 @@ depends on the backbone (`memory_layers` against its depth), which `memlayer.wra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -92,7 +92,7 @@ class LongMemConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r:.80}"
                 )
         self._check_memory_layers()
 
@@ -108,11 +108,13 @@ class LongMemConfig:
             value = getattr(self, name)
             optional = name == "memory_distance" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ConfigError(f"{name} must be a whole number, got {value!r}")
+                raise ConfigError(f"{name} must be a whole number, got {value!r:.80}")
         if not isinstance(self.backend, str) or not self.backend:
-            raise ConfigError(f"backend must be a name, got {self.backend!r}")
+            raise ConfigError(f"backend must be a name, got {self.backend!r:.80}")
         if not isinstance(self.backend_options, Mapping):
-            raise ConfigError(f"backend_options must be a mapping, got {self.backend_options!r}")
+            raise ConfigError(
+                f"backend_options must be a mapping, got {self.backend_options!r:.80}"
+            )
 
     def _check_multiple_of_chunk_size(self, name: str) -> None:
         value = getattr(self, name)
@@ -128,14 +130,17 @@ class LongMemConfig:
         layers = self.memory_layers
         if layers is None:
             return
-        if isinstance(layers, (str, int)) or not all(
-            isinstance(layer, int) and not isinstance(layer, bool) for layer in layers
+        if (
+            isinstance(layers, str)
+            or not isinstance(layers, Sequence)
+            or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
         ):
-            raise ConfigError(f"memory_layers must be whole numbers, got {layers!r}")
+            raise ConfigError(f"memory_layers must be whole numbers, got {layers!r:.80}")
         object.__setattr__(self, "memory_layers", tuple(layers))
         if not layers or min(layers) < 0 or sorted(set(layers)) != list(layers):
             raise ConfigError(
-                f"memory_layers must be layer numbers from 0 in rising order, got {list(layers)}"
+                "memory_layers must be layer numbers from 0 in rising order, got "
+                f"{list(layers)!s:.80}"
             )
 
     def for_depth(self, depth: int) -> LongMemConfig:
@@ -177,14 +182,14 @@ class LongMemConfig:
         version = values.pop("format_version", None)
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ConfigError(
-                f"the configuration has format_version {version!r}, this memlayer reads "
+                f"the configuration has format_version {version!r:.40}, this memlayer reads "
                 f"1 to {FORMAT_VERSION}; install the memlayer that wrote it"
             )
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
-                f"the configuration has unknown keys {', '.join(unknown)}; known: "
+                f"the configuration has unknown keys {', '.join(unknown)[:80]}; known: "
                 f"{', '.join(sorted(known))}"
             )
         if isinstance(values.get("memory_layers"), list):

@@ -182,7 +182,7 @@ class Registry:
         return f"needs the Python package {', '.join(missing)}, which is not installed{command}"
 
     def _unknown(self, name: str) -> str:
-        message = f"unknown {self.kind} {name!r}; known: {', '.join(self.names()) or 'none'}."
+        message = f"unknown {self.kind} {name!r:.80}; known: {', '.join(self.names()) or 'none'}."
         near = get_close_matches(name, self.names(), n=1)
         if near:
             message += f" Did you mean {near[0]!r}?"

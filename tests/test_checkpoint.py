@@ -116,6 +116,8 @@ def test_damaged_weights_are_refused(saved, damage):
         ({"sha256": None}, "damaged: sha256 is None"),
         ({"memory": {"format_version": 1, "top_k": 3}}, "damaged: top_k must be a multiple"),
         ({"memory": {"format_version": 1, "colour": 3}}, "unknown keys colour"),
+        ({"memory": {"format_version": 1, "memory_layers": 0.5}}, "must be whole numbers, got 0.5"),
+        ({"memory": {"format_version": 1, "side_init": "x" * 9999}}, "got 'x{79}$"),
     ],
 )
 def test_a_tampered_configuration_is_refused(saved, change, message):

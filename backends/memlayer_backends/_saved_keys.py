@@ -101,23 +101,23 @@ def read_keys(directory: Path, *, lanes: int, dim: int) -> SavedKeys:
         if isinstance(error, MemoryFormatError):
             raise
         raise MemoryFormatError(
-            f"{path} is not a whole memlayer index ({error}); write it again"
+            f"{path} is not a whole memlayer index ({error!s:.80}); write it again"
         ) from error
     _check_contents(path, saved, header)
     return saved
 
 
 def _check_header(path: Path, header: Any, *, lanes: int, dim: int) -> None:
-    version = header["format_version"]
+    version, _ = header["format_version"], header["sha256"]
     if version != FORMAT_VERSION:
         raise MemoryFormatError(
-            f"{path} has format_version {version!r}, this memlayer reads {FORMAT_VERSION}; "
+            f"{path} has format_version {version!r:.40}, this memlayer reads {FORMAT_VERSION}; "
             "install the memlayer that wrote it"
         )
     if (header["lanes"], header["dim"]) != (lanes, dim):
         raise MemoryFormatError(
-            f"{path} holds {header['lanes']} lanes of dim {header['dim']}, this backend has "
-            f"{lanes} lanes of dim {dim}; load it with the model that wrote it"
+            f"{path} holds {header['lanes']!s:.40} lanes of dim {header['dim']!s:.40}, this "
+            f"backend has {lanes} lanes of dim {dim}; load it with the model that wrote it"
         )
 
 

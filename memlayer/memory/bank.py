@@ -58,7 +58,7 @@ class MemoryBank:
         reading: where the reading of each batch row's text stands; `LongMemModel.memorize` goes on
             from there.
         tokenizer: a fingerprint of the tokenizer behind the token ids, if whoever memorizes says
-            so; saved and loaded.
+            so; saved and loaded, and forgotten with everything else.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class MemoryBank:
         self.device = torch.device(device)
         self.shared = shared
         self.identity = identity
-        self.tokenizer: str | None = None
+        self.tokenizer: str | None
         self.reading: Reading
         self._saved_as: str | None
         self._make_index = make_index
@@ -195,7 +195,7 @@ class MemoryBank:
         new_values = checks.stack_layers(self, "values", values)
         checks.check_same_shape(new_keys, new_values)
         mask = checks.check_mask(mask, new_keys)
-        sources = checks.check_sources(sources, new_keys)
+        sources = checks.check_sources(self, sources, new_keys, mask)
         rows = list(range(new_keys.shape[1]))
         if mask is not None and not self.shared:
             rows = mask.any(dim=1).nonzero().flatten().tolist()
@@ -424,6 +424,7 @@ class MemoryBank:
         self._indexes: list[RetrievalBackend] = []
         self._index_offsets = torch.zeros(0, dtype=torch.int64)
         self._documents = Documents()
+        self.tokenizer = None
         # The checksum of the manifest that these contents go on from, if there is one.
         self._saved_as = None
         self.reading = ()

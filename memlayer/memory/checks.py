@@ -63,7 +63,9 @@ def check_mask(mask: Tensor | None, keys: Tensor) -> Tensor | None:
     return None if mask.all() else mask
 
 
-def check_sources(sources: Tensor | None, keys: Tensor) -> Tensor:
+def check_sources(
+    bank: MemoryBank, sources: Tensor | None, keys: Tensor, mask: Tensor | None
+) -> Tensor:
     """Give the sources of stacked keys on the CPU; unknown ones if there are none."""
     expected = (keys.shape[1], keys.shape[3], 3)
     if sources is None:
@@ -73,7 +75,16 @@ def check_sources(sources: Tensor | None, keys: Tensor) -> Tensor:
             f"sources must be int64 of shape (B, T, 3)={expected}, got {sources.dtype} of shape "
             f"{tuple(sources.shape)}"
         )
-    return sources.detach().cpu()
+    sources = sources.detach().cpu()
+    real = sources if mask is None else sources[mask.cpu()]
+    documents = len(bank.documents)
+    if real.numel() and (int(real.min()) < -1 or int(real[..., 1].max()) >= documents):
+        raise ShapeError(
+            f"sources must be -1 or more and name one of {documents} documents, got values from "
+            f"{int(real.min())} and document {int(real[..., 1].max())}; "
+            "document_number(name) adds one"
+        )
+    return sources
 
 
 def check_rows(bank: MemoryBank, rows: int) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from memlayer import __version__
-from memlayer.errors import ConfigError, MemoryFormatError, ShapeError, StorageError
+from memlayer.errors import ConfigError, MemlayerError, MemoryFormatError, ShapeError, StorageError
 from memlayer.files import sync_directory, write_atomically
 from memlayer.memory.documents import Documents
 from memlayer.memory.lock import bank_lock
@@ -275,8 +275,8 @@ def _check_settings(bank: MemoryBank, directory: Path, manifest: Manifest) -> No
     for name, value in vars(own).items():
         if getattr(saved, name) != value:
             raise MemoryFormatError(
-                f"the bank in {directory} has {name}={getattr(saved, name)!r}, this model needs "
-                f"{value!r}; load it with the model and settings that wrote it"
+                f"the bank in {directory} has {name}={getattr(saved, name)!r:.200}, this model "
+                f"needs {value!r}; load it with the model and settings that wrote it"
             )
 
 
@@ -346,13 +346,30 @@ def _load_indexes(
     bank: MemoryBank, directory: Path, manifest: Manifest, saved: SavedIndexes
 ) -> None:
     folders = {file.name.partition("/")[0] for file in saved.files}
-    if len(folders) != 1:
-        raise MemoryFormatError(f"the bank in {directory} is damaged: its indexes are not together")
+    names = {file.name for file in saved.files}
+    present = {
+        path.relative_to(directory).as_posix()
+        for folder in folders
+        for path in (directory / folder).rglob("*")
+        if not path.is_dir()
+    }
+    if len(folders) != 1 or present != names:
+        raise MemoryFormatError(
+            f"the bank in {directory} is damaged: its indexes have other files than its manifest "
+            "names"
+        )
     bank._index_offsets = torch.tensor(saved.offsets)
     held, kept = torch.tensor(manifest.held), bank._held_chunks()
     for number, index in enumerate(bank._indexes):
         place = directory / next(iter(folders)) / str(number)
-        index.load(place)
+        try:
+            index.load(place)
+        except MemlayerError:
+            raise
+        except Exception as error:  # Another package's backend may raise anything of its own.
+            raise MemoryFormatError(
+                f"the index in {place} cannot be read: {error!r:.200}"
+            ) from error
         if index.counts().view(manifest.rows, -1).ne(held.unsqueeze(1)).any():
             raise MemoryFormatError(
                 f"{place} holds other chunks than the bank's shards; it is damaged"

@@ -31,6 +31,7 @@ def keys_of(offsets):
 
 def write(bank, offsets, mask=None):
     keys = keys_of(offsets)
+    bank.document_number("a")
     sources = torch.stack([offsets + 1000, torch.zeros_like(offsets), offsets], dim=2)
     bank.write(keys, keys, mask, sources)
 
@@ -87,8 +88,13 @@ def test_a_write_without_sources_stores_unknown_ones():
 def test_wrong_sources_are_refused_and_nothing_is_stored():
     bank = make_bank()
     keys = keys_of(torch.arange(8).unsqueeze(0))
-    for sources in (torch.zeros(1, 7, 3, dtype=torch.int64), torch.zeros(1, 8, 3)):
-        with pytest.raises(ShapeError, match=r"sources must be int64 of shape .*\(1, 8, 3\), got"):
+    for sources, message in (
+        (torch.zeros(1, 7, 3, dtype=torch.int64), r"sources must be int64 of .*\(1, 8, 3\), got"),
+        (torch.zeros(1, 8, 3), r"sources must be int64 of .*\(1, 8, 3\), got"),
+        (torch.zeros(1, 8, 3, dtype=torch.int64), "name one of 0 documents, .* document 0"),
+        (torch.full((1, 8, 3), -2), "must be -1 or more .* values from -2"),
+    ):
+        with pytest.raises(ShapeError, match=message):
             bank.write(keys, keys, None, sources)
     assert len(bank) == 0
 
