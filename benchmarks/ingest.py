@@ -126,6 +126,8 @@ def compare_appends(arguments: argparse.Namespace) -> None:
     """Print the cost of appending to a full bank against one half full."""
     source, segment = Source(arguments), arguments.segment
     half, full = (make_bank(arguments, CAPPED) for _ in range(2))
+    for bank in (half, full):
+        bank.document_number("a long document")
     for start in range(0, CAPPED // 2, segment):
         source.write(half, start, segment)
     for start in range(0, CAPPED + 2 * segment, segment):
