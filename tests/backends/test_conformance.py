@@ -11,6 +11,7 @@ class TestTorch(BackendConformance):
 
 class TestTorchInSmallBlocks(BackendConformance):
     backend = "torch"
+    random_sequences = 10
     backend_options: ClassVar[dict[str, Any]] = {"block_megabytes": 1}
 
 
@@ -26,6 +27,7 @@ class TestFaissGpu(BackendConformance):
 class TestHnswlib(BackendConformance):
     backend = "hnswlib"
     minimum_recall = 0.95
+    random_sequences = 10  # too few vectors for a graph
 
 
 class TestHnswlibWithGraphsFromTheStart(BackendConformance):
@@ -36,3 +38,4 @@ class TestHnswlibWithGraphsFromTheStart(BackendConformance):
 
 class TestAuto(BackendConformance):
     backend = "auto"
+    random_sequences = 10
