@@ -90,6 +90,7 @@ def draw(records: list[Record], file: Path) -> None:
     """Draw time against stored tokens, a panel per number of queries, both axes logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     counts = sorted({record["queries"] for record in records})
     sides = list(dict.fromkeys(record["side"] for record in records))
@@ -114,9 +115,18 @@ def draw(records: list[Record], file: Path) -> None:
                 markersize=4,
             )
         panel.set(xscale="log", yscale="log", xlabel="tokens in memory")
+        sizes = sorted({record["tokens"] for record in records})
+        panel.set_xticks(sizes, [_short(size) for size in sizes])
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"{queries:,} {'query' if queries == 1 else 'queries'} a lane", fontsize=11)
         panel.grid(which="major", color="#e3e5e8", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("milliseconds for all lanes")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 2**10}k"
