@@ -25,6 +25,7 @@ from memlayer_backends._checks import (
     read_options,
     select_lanes,
 )
+from memlayer_backends._precision import full_precision
 from memlayer_backends._saved_keys import SavedKeys, read_keys, write_keys
 from memlayer_backends.key_buffer import KeyBuffer
 
@@ -117,8 +118,7 @@ class BufferedBackend(RetrievalBackend):
             vectors = queries.to(kept, torch.float32)
             finite = torch.isfinite(vectors).all(-1, keepdim=True)
             vectors = vectors.masked_fill(~finite, 0.0).contiguous()
-            # Autocast would round the products to half precision.
-            with torch.autocast(kept.type, enabled=False):
+            with full_precision(kept):
                 found_scores, found_ids = self.search_keys(vectors, found)
             # Products beyond float32: a search that sorts NaN and infinity at all puts them first.
             found_scores = found_scores.nan_to_num(LARGEST, LARGEST, -torch.inf)
