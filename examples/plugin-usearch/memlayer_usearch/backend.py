@@ -59,7 +59,7 @@ class UsearchBackend(BufferedBackend):
         if graph is None or not graph.can_follow(first, first + count):
             keys = self.buffer.live(torch.tensor([lane]))
             graph = self._graphs[lane] = _Graph(keys, first, self.options)
-        graph.follow(self.buffer.newest(lane, first + count - graph.stop), first)
+        graph.follow(self.buffer.between(lane, graph.stop, first + count), first)
         return graph
 
     def clear(self, lanes=None):
