@@ -69,7 +69,8 @@ class RetrievalBackend(ABC):
     counting when old ones are removed; `clear` starts that lane again at 0.
 
     Threads: any number of them may call `search`, `counts` and `save` at the same time, and each
-    gets what it would have got alone. What writes (`add`, `remove_oldest`, `clear`, `load`) must
+    gets what it would have got alone; an approximate backend may learn from what it is asked, so
+    that its results differ within its recall. What writes (`add`, `remove_oldest`, `clear`, `load`) must
     have the backend to itself, which is the caller's business.
 
     Equal scores: a search may give any of the vectors that share the last score it has room for,

@@ -1,4 +1,4 @@
-"""One lane's graph, and its successor, which is built a little at every write.
+"""One lane's graph, and its successor, which is built a little at a time.
 
 hnswlib cannot take a vector out of a graph: it is marked, and every search goes on wading through
 it. So from the first removal on, what is added goes into two graphs:
@@ -10,8 +10,12 @@ it. So from the first removal on, what is added goes into two graphs:
 In a full ring nothing else is needed: when as many vectors were removed as the lane holds, the
 following graph has all the others. Where less is added than removed, the following graph takes in
 older vectors as well, no more of them at a time than were removed just now. The same way a lane
-that is searched exactly gets its first graph. So a write of ``a`` new vectors inserts at most
-``2 a``, dropping ``d`` at most ``d``, and no write is ever much longer than another.
+that is searched exactly gets its first graph. So ``a`` new vectors mean at most ``2 a`` insertions,
+and ``d`` dropped ones at most ``d``; none is much longer in coming than another.
+
+Graphs follow when they are searched, since only then it is known what is asked for: each is made in
+a `KeySpace` fitted to the queries so far. One that was made when few were known gets a successor
+as well, which takes in as many vectors with each search as there are queries.
 
 The alternative, a row of graphs of which the oldest is dropped whole, inserts each vector once, but
 every search visits all of them. A vector is searched past several times as often as one is
@@ -21,14 +25,13 @@ added: by each token of each query head, while one vector is that of a whole chu
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memlayer_backends._checks import check_whole_number
-from memlayer_backends.key_space import KeySpace
+from memlayer_backends.key_space import KeySpace, QueryMoments
 
 if TYPE_CHECKING:
     from memlayer_backends.key_buffer import KeyBuffer
@@ -81,8 +84,15 @@ class GraphLane:
         """Forget all graphs."""
         self.current = self.following = None
 
-    def update(self, buffer: KeyBuffer, lane: int) -> None:
-        """Follow what was added to a lane of the buffer, or dropped from it."""
+    def follow(self, buffer: KeyBuffer, lane: int, moments: QueryMoments, n_queries: int) -> None:
+        """Take in what was added to a lane of the buffer since, and what was dropped from it.
+
+        Args:
+            buffer: the stored vectors.
+            lane: which lane of it.
+            moments: what the lane was asked so far.
+            n_queries: of the search that is about to run.
+        """
         count, first_id = int(buffer.counts[lane]), int(buffer.first_ids[lane])
         # Half the threshold on the way down, or a full lane near it would begin at every write.
         if count < (self._options.exact_below + 1) // 2:
@@ -90,13 +100,17 @@ class GraphLane:
             return
         end = first_id + count
         for graph in (self.current, self.following):
+            if graph is not None and graph.next_id < first_id:
+                self.clear()  # Everything was replaced since, so that nothing leads up to it.
+        for graph in (self.current, self.following):
             if graph is not None:
                 graph.add(buffer.between(lane, graph.next_id, end), graph.next_id)
                 graph.remove_before(first_id)
         self._replace(first_id)
-        if self._needs_following(count):
-            self.following = self._begin(buffer, lane)
-        self._catch_up(buffer, lane)
+        known = int(moments.counts[lane])
+        if self._needs_following(count, known):
+            self.following = self._begin(buffer, lane, moments)
+        self._catch_up(buffer, lane, n_queries if self._is_outdated(known) else 0)
         self._replace(first_id)
 
     def search(self, queries: Tensor, k: int, *, threads: int) -> Tensor | None:
@@ -111,24 +125,32 @@ class GraphLane:
             return None
         return self.current.search(queries, k, threads=threads)
 
-    def _needs_following(self, count: int) -> bool:
+    def _needs_following(self, count: int, known: int) -> bool:
         if self.following is not None:
             return False
         if self.current is None:
             return count >= self._options.exact_below
-        return self.current.removed > 0
+        return self.current.removed > 0 or self._is_outdated(known)
 
-    def _begin(self, buffer: KeyBuffer, lane: int) -> Graph:
+    def _is_outdated(self, known: int) -> bool:
+        return self.current is not None and self.current.fitted_to < QueryMoments.ENOUGH <= known
+
+    def _begin(self, buffer: KeyBuffer, lane: int, moments: QueryMoments) -> Graph:
         count, first_id = int(buffer.counts[lane]), int(buffer.first_ids[lane])
         end = first_id + count
         # Newest and oldest alike, and not all of them: copies of a whole lane take long.
         step = -(-count // SAMPLE)
         sample = buffer.at(lane, torch.arange(first_id, end, step))
-        # While the lane turns over once, as many again are added.
-        return Graph(KeySpace.of(sample), self._options, next_id=end, capacity=2 * count)
+        return Graph(
+            KeySpace.of(sample, moments.of(lane)),
+            self._options,
+            fitted_to=int(moments.counts[lane]),
+            next_id=end,
+            capacity=2 * count,  # While the lane turns over once, as many again are added.
+        )
 
-    def _catch_up(self, buffer: KeyBuffer, lane: int) -> None:
-        """Add older vectors to the following graph, as many as must not wait any longer."""
+    def _catch_up(self, buffer: KeyBuffer, lane: int, allowed: int) -> None:
+        """Add older vectors to the following graph: ``allowed``, or more if they cannot wait."""
         if self.following is None:
             return
         count, first_id = int(buffer.counts[lane]), int(buffer.first_ids[lane])
@@ -138,7 +160,7 @@ class GraphLane:
             writes_left = count - self.current.removed
         first_held = self.following.first_id
         missing = first_held - first_id
-        behind = min(missing, max(0, missing - writes_left))
+        behind = min(missing, max(allowed, missing - writes_left))
         older = buffer.between(lane, first_held - behind, first_held)
         self.following.add(older, first_held - behind)
 
@@ -154,25 +176,33 @@ class Graph:
         first_id: the smallest id in it.
         next_id: one past the largest.
         removed: how many are marked as removed: the smallest ones.
+        fitted_to: queries that its space was fitted to.
 
     Args:
         space: in which it is made.
         options: how.
+        fitted_to: see above.
         next_id: of the vector that is added first, unless older ones are.
         capacity: vectors to have room for at first.
     """
 
     def __init__(
-        self, space: KeySpace, options: HnswlibOptions, *, next_id: int, capacity: int
+        self,
+        space: KeySpace,
+        options: HnswlibOptions,
+        *,
+        fitted_to: int,
+        next_id: int,
+        capacity: int,
     ) -> None:
         import hnswlib
 
+        self.fitted_to = fitted_to
         self.first_id = self.next_id = next_id
         self.removed = 0
         self._space = space
         self._ef_search = options.ef_search
-        self._searching = Lock()  # How far a search looks is a setting of the whole graph.
-        self._index = hnswlib.Index(space="ip", dim=len(space.mean))
+        self._index = hnswlib.Index(space="ip", dim=len(space.mean) + 1)
         self._index.init_index(
             max_elements=capacity,
             M=options.m,
@@ -193,7 +223,7 @@ class Graph:
             self._index.resize_index(max(len(self) + n, 2 * self._index.get_max_elements()))
         labels = torch.arange(first_id, first_id + n)
         # One thread: the order of insertion shapes the graph, and is to be the same each time.
-        self._index.add_items(self._space.keys(keys).numpy(), labels.numpy(), num_threads=1)
+        self._index.add_items(self._space.lifted_keys(keys).numpy(), labels.numpy(), num_threads=1)
         self.first_id = min(self.first_id, first_id)
         self.next_id = max(self.next_id, first_id + n)
 
@@ -206,11 +236,10 @@ class Graph:
 
     def search(self, queries: Tensor, k: int, *, threads: int) -> Tensor | None:
         """Give ids ``(q, k)``, or None where a query does not reach ``k`` vectors."""
-        vectors = self._space.queries(queries).numpy()
+        vectors = self._space.lifted_queries(queries).numpy()
+        self._index.set_ef(max(self._ef_search, k))
         try:
-            with self._searching:
-                self._index.set_ef(max(self._ef_search, k))
-                labels, _ = self._index.knn_query(vectors, k, num_threads=threads)
+            labels, _ = self._index.knn_query(vectors, k, num_threads=threads)
         except RuntimeError as error:
             # What hnswlib says when a query met fewer than k vectors that are not removed.
             if "contiguous 2D array" not in str(error):

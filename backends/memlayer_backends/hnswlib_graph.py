@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from memlayer_backends._checks import select_lanes
 from memlayer_backends._graph_lane import GraphLane, HnswlibOptions
 from memlayer_backends.buffered import BufferedBackend
+from memlayer_backends.key_space import QueryMoments
 from memlayer_backends.rescoring import best_of
 
 logger = logging.getLogger(__name__)
@@ -25,16 +27,17 @@ EXACT_SCORES = 2**22
 """Scores held at a time by a search without a graph."""
 
 LONG_BUILD = 100_000
-"""Vectors from which on building the graphs of what is loaded is worth a line in the log."""
+"""Vectors from which on building graphs in one go is worth a line in the log."""
 
 
 class HnswlibBackend(BufferedBackend):
     """Approximate inner-product search with hnswlib on the CPU, wherever the queries come from.
 
-    Graphs find candidates; their scores are exact. Lanes are written and searched in parallel, by
-    as many threads as torch uses, which change no result: each lane's graph is made by one thread.
-    Vectors are held beside the graphs too, and nothing else is saved. After `load` the graphs are
-    new ones, so that results may differ within their recall.
+    Graphs find candidates; their scores are exact. A graph takes in what was written since when it
+    is next searched. Lanes are built and searched in parallel, by as many threads as torch uses,
+    which change no result: each lane's graph is made by one thread. Vectors are held beside the
+    graphs too, and nothing else is saved. What is found depends, within the recall, on what was
+    asked before, and after `load` the graphs are new ones.
 
     Args:
         lanes: independent sets of vectors.
@@ -54,6 +57,8 @@ class HnswlibBackend(BufferedBackend):
     ) -> None:
         super().__init__(lanes=lanes, dim=dim, device=device, **options)
         self._graphs = [GraphLane(self.options) for _ in range(lanes)]
+        self._moments = QueryMoments(lanes=lanes, dim=dim)
+        self._one_at_a_time = Lock()
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -65,16 +70,6 @@ class HnswlibBackend(BufferedBackend):
             )
         return None
 
-    def add(self, keys: Tensor, lanes: Sequence[int] | None = None) -> None:
-        """Append vectors, as the contract says."""
-        super().add(keys, lanes)
-        self._update_graphs(lanes)
-
-    def remove_oldest(self, n: int, lanes: Sequence[int] | None = None) -> None:
-        """Drop the oldest vectors, as the contract says."""
-        super().remove_oldest(n, lanes)
-        self._update_graphs(lanes)
-
     def clear(self, lanes: Sequence[int] | None = None) -> None:
         """Drop all vectors of the given lanes, as the contract says."""
         super().clear(lanes)
@@ -82,18 +77,21 @@ class HnswlibBackend(BufferedBackend):
             self._graphs[lane].clear()
 
     def load(self, directory: Path) -> None:
-        """Replace the contents by what any built-in backend saved, and build the graphs."""
+        """Replace the contents by what any backend saved; the first search makes the graphs."""
         super().load(directory)
         for graph in self._graphs:
             graph.clear()
-        counts = self.buffer.counts
-        n = int(counts[counts >= self.options.exact_below].sum())
-        if n >= LONG_BUILD:
-            logger.info("building hnswlib graphs of %d vectors", n)
-        self._update_graphs(None)
 
     def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Search each lane in its graph, or exactly where it has none."""
+        """Search each lane in its graph, which follows first, or exactly where it has none."""
+        # Whoever searches may build, and how far hnswlib looks is a setting of the whole graph.
+        with self._one_at_a_time:
+            ids = self._candidates(queries, k)
+        return best_of(self.buffer, queries, ids, k)
+
+    def _candidates(self, queries: Tensor, k: int) -> Tensor:
+        self._moments.note(queries)
+        self._follow(queries.shape[1])
         ids = torch.full((self.lanes, queries.shape[1], k), -1)
         counts = self.buffer.counts.tolist()
         with_graph = [lane for lane, graph in enumerate(self._graphs) if graph.current is not None]
@@ -112,7 +110,7 @@ class HnswlibBackend(BufferedBackend):
                 if result is None:
                     result = self._search_exactly(lane, queries[lane], found)
                 ids[lane, :, :found] = result
-        return best_of(self.buffer, queries, ids, k)
+        return ids
 
     def _search_exactly(self, lane: int, queries: Tensor, k: int) -> Tensor:
         keys = self.buffer.live(torch.tensor([lane]))
@@ -120,11 +118,19 @@ class HnswlibBackend(BufferedBackend):
         best = [(some @ keys.T).topk(k).indices for some in torch.split(queries, block)]
         return torch.cat(best) + self.buffer.first_ids[lane]
 
-    def _update_graphs(self, lanes: Sequence[int] | None) -> None:
-        def update(lane: int) -> None:
-            self._graphs[lane].update(self.buffer, lane)
+    def _follow(self, n_queries: int) -> None:
+        waiting = sum(
+            int(count)
+            for count, graph in zip(self.buffer.counts, self._graphs, strict=True)
+            if graph.current is None and count >= self.options.exact_below
+        )
+        if waiting >= LONG_BUILD:
+            logger.info("building hnswlib graphs of %d vectors", waiting)
 
-        _for_each(update, select_lanes(lanes, self.lanes).tolist())
+        def follow(lane: int) -> None:
+            self._graphs[lane].follow(self.buffer, lane, self._moments, n_queries)
+
+        _for_each(follow, range(self.lanes))
 
 
 def _for_each(work: Callable[[int], ResultT], lanes: Sequence[int]) -> list[ResultT]:

@@ -9,7 +9,7 @@ from usearch.index import Index
 
 from memlayer import ConfigError
 from memlayer_backends.buffered import BufferedBackend
-from memlayer_backends.key_space import KeySpace
+from memlayer_backends.key_space import KeySpace, QueryMoments
 from memlayer_backends.rescoring import best_of
 
 FEW = 64  # vectors that are looked at one by one
@@ -39,6 +39,7 @@ class UsearchBackend(BufferedBackend):
     def __init__(self, **arguments):
         super().__init__(**arguments)
         self._graphs = [None] * self.lanes
+        self._moments = QueryMoments(lanes=self.lanes, dim=self.dim)
         self._searching = threading.Lock()  # usearch wants one search of a graph at a time
 
     def search_keys(self, queries, k):
@@ -46,6 +47,7 @@ class UsearchBackend(BufferedBackend):
         wide = max(2 * k, FEW)
         candidates = torch.full((self.lanes, queries.shape[1], wide), -1)
         with self._searching:
+            self._moments.note(queries)
             for lane, count in enumerate(self.buffer.counts.tolist()):
                 if count > wide:
                     candidates[lane] = self._graph(lane).search(queries[lane], wide)
@@ -58,7 +60,8 @@ class UsearchBackend(BufferedBackend):
         graph = self._graphs[lane]
         if graph is None or not graph.can_follow(first, first + count):
             keys = self.buffer.live(torch.tensor([lane]))
-            graph = self._graphs[lane] = _Graph(keys, first, self.options)
+            space = KeySpace.of(keys, self._moments.of(lane))
+            graph = self._graphs[lane] = _Graph(space, first, 2 * count, self.options)
         graph.follow(self.buffer.between(lane, graph.stop, first + count), first)
         return graph
 
@@ -77,16 +80,13 @@ class UsearchBackend(BufferedBackend):
 class _Graph:
     """A usearch index of the ids from `start` to `stop`, of which the first are removed."""
 
-    def __init__(self, keys, first_id, options):
+    def __init__(self, space, first_id, limit, options):
         self._begun_at = self.start = self.stop = first_id
-        self._limit = 2 * len(keys)
-        self._space = KeySpace.of(keys)
-        # int8 vectors, with room for larger ones; usearch's own would lose their lengths.
-        self._scale = None
-        if options.storage == "i8":
-            self._scale = 100 / float(self._space.keys(keys).abs().max().clamp(min=1e-30))
+        self._space, self._limit = space, limit
+        # usearch's own int8 would lose the lengths of vectors; in the space, 1 is the longest.
+        self._is_int8 = options.storage == "i8"
         self._index = Index(
-            ndim=keys.shape[1],
+            ndim=len(space.mean) + 1,
             metric="ip",
             dtype=options.storage,
             connectivity=options.connectivity,
@@ -102,7 +102,7 @@ class _Graph:
         """Add the newest vectors, and remove those before an id."""
         if len(new_keys):
             labels = torch.arange(self.stop, self.stop + len(new_keys))
-            vectors = self._stored(self._space.keys(new_keys), self._scale)
+            vectors = self._stored(self._space.lifted_keys(new_keys))
             self._index.add(labels.numpy(), vectors, threads=1)
             self.stop += len(new_keys)
         if first_id > self.start:
@@ -111,10 +111,7 @@ class _Graph:
 
     def search(self, queries, k):
         """Give ids ``(q, k)``, all of them valid."""
-        queries = self._space.queries(queries)
-        if self._scale is not None:  # The length of a query does not change its order.
-            queries = queries / queries.abs().amax(1, keepdim=True).clamp(min=1e-30)
-        vectors = self._stored(queries, self._scale and 127)
+        vectors = self._stored(self._space.lifted_queries(queries))
         for exact in (False, True):  # A graph may be in parts, so that a walk ends early.
             found = self._index.search(vectors, k, exact=exact, threads=torch.get_num_threads())
             keys = np.atleast_2d(found.keys)
@@ -122,7 +119,5 @@ class _Graph:
                 break
         return torch.from_numpy(keys.astype("int64"))
 
-    def _stored(self, vectors, scale):
-        if scale is None:
-            return vectors.numpy()
-        return (vectors * scale).round().clamp(-127, 127).to(torch.int8).numpy()
+    def _stored(self, vectors):
+        return ((127 * vectors).round().to(torch.int8) if self._is_int8 else vectors).numpy()

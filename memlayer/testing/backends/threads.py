@@ -41,8 +41,7 @@ class ThreadTests(BackendCase):
             requests, _search_together(shared, requests), expected, strict=True
         ):
             for result in results:
-                assert torch.equal(result.ids, right.ids)
-                torch.testing.assert_close(result.scores, right.scores)
+                self._assert_alike(result, right)
             self.assert_agrees(shared, model, queries, 3)
 
     def test_saving_while_others_search_saves_the_contents(self, tmp_path: Path) -> None:
@@ -56,11 +55,21 @@ class ThreadTests(BackendCase):
             pool.submit(backend.save, tmp_path).result()
             counts = pool.submit(backend.counts).result()
         right = self.assert_agrees(backend, model, queries, 5)
-        assert all(torch.equal(search.result().ids, right.ids) for search in searches)
+        for search in searches:
+            self._assert_alike(search.result(), right)
         assert counts.tolist() == model.counts()
         loaded = self.make_backend(lanes=2, dim=8)
         loaded.load(tmp_path)
         self.assert_agrees(loaded, model, queries, 5)
+
+    def _assert_alike(self, result: SearchResult, right: SearchResult) -> None:
+        """Compare two results; an approximate backend may learn from what it was asked between."""
+        if self.minimum_recall == 1:
+            assert torch.equal(result.ids, right.ids)
+            torch.testing.assert_close(result.scores, right.scores)
+        else:
+            # Of either, as much may be missing.
+            assert result.recall(right) >= 2 * self.minimum_recall - 1
 
 
 def _search_together(
