@@ -10,9 +10,10 @@ tokens or values: it maps query vectors to the insertion numbers of stored vecto
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ class RetrievalBackend(ABC):
         device: where queries come from and results go to.
         options: the backend's own; an unknown one raises `ConfigError`.
     """
+
+    worth_measuring: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Sets of options that `memlayer bench` compares, where it is told no others."""
 
     def __init__(self, *, lanes: int, dim: int, device: torch.device | str = "cpu") -> None:
         self.lanes = lanes
@@ -111,6 +115,11 @@ class RetrievalBackend(ABC):
             MemoryFormatError: if the files are missing, damaged or of other lanes or dim; the
                 contents are then what they were.
         """
+
+    @property
+    def exact(self) -> bool:
+        """Whether no search ever misses one of the ``k`` best; not promised unless overridden."""
+        return False
 
     @classmethod
     def unavailable_reason(cls) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,9 +91,8 @@ class HnswlibBackend(BufferedBackend):
         for lane in select_lanes(lanes, self.lanes).tolist():
             self._graphs[lane] = None
 
-    def load(self, directory: Path) -> None:
-        """Replace the contents by what any built-in backend saved, and build the graphs."""
-        super().load(directory)
+    def rebuild(self) -> None:
+        """Build all graphs anew."""
         self._graphs = [None] * self.lanes
         self._update_graphs(None)
 
