@@ -1,11 +1,13 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from memlayer.benchmarking import read_table, table_path
 from memlayer_cli.main import run
 
+PAGE = Path(__file__).parents[2] / "docs" / "bench.md"
 SMALL = ["bench", "--tokens", "256", "--heads", "1", "--head-dim", "8", "--rounds", "1"]
 SMALL += ["--queries", "1", "--queries", "4", "--backend", "torch"]
 
@@ -96,3 +98,12 @@ def test_ctrl_c_shows_what_is_there_and_saves_nothing(capsys, monkeypatch):
 )
 def test_a_mistake_is_one_line(usage_error, arguments, message):
     assert message in usage_error("bench", *arguments)
+
+
+def test_every_option_that_the_documentation_names_exists(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    named = set(re.findall(r"--[a-z][a-z-]+", PAGE.read_text(encoding="utf-8")))
+    assert run(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert len(named) > 8
+    assert [option for option in sorted(named) if f"{option} " not in shown] == []
