@@ -25,6 +25,7 @@ from memlayer_backends._checks import (
     read_options,
     select_lanes,
 )
+from memlayer_backends._precision import full_precision
 from memlayer_backends._saved_keys import SavedKeys, read_keys, write_keys
 from memlayer_backends.key_buffer import KeyBuffer
 
@@ -114,8 +115,7 @@ class BufferedBackend(RetrievalBackend):
             vectors = queries.to(kept, torch.float32)
             finite = torch.isfinite(vectors).all(-1, keepdim=True)
             vectors = vectors.masked_fill(~finite, 0.0).contiguous()
-            # Autocast would round the products to half precision.
-            with torch.autocast(kept.type, enabled=False):
+            with full_precision(kept):
                 found_scores, found_ids = self.search_keys(vectors, found)
             found_scores = found_scores.masked_fill(~finite, -torch.inf)
             found_ids = found_ids.masked_fill(found_scores == -torch.inf, -1)

@@ -32,6 +32,7 @@ class Occupancy:
         starts: ``(lanes,)``, int64. Slot of the oldest vector.
         sizes: ``(lanes,)``, int64. Slots of the ring, at least 1.
         first_ids: ``(lanes,)``, int64. Id of the oldest vector.
+        counts: ``(lanes,)``, int64. Vectors in each lane.
     """
 
     n_slots: int
@@ -41,6 +42,7 @@ class Occupancy:
     starts: Tensor
     sizes: Tensor
     first_ids: Tensor
+    counts: Tensor
 
     def ids(self, slots: Tensor) -> Tensor:
         """Give the insertion numbers of slots ``(lanes, q, k)``."""
@@ -48,6 +50,18 @@ class Occupancy:
             values[:, None, None] for values in (self.starts, self.sizes, self.first_ids)
         )
         return first_ids + (slots - starts) % sizes
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """Give the slots of insertion numbers ``(lanes, q, k)`` that the buffer holds."""
+        starts, sizes, first_ids = (
+            values[:, None, None] for values in (self.starts, self.sizes, self.first_ids)
+        )
+        return (starts + ids - first_ids) % sizes
+
+    def holds(self, ids: Tensor) -> Tensor:
+        """Say which insertion numbers ``(lanes, q, k)`` are those of stored vectors: bool."""
+        ages = ids - self.first_ids[:, None, None]
+        return (ages >= 0) & (ages < self.counts[:, None, None])
 
 
 class KeyBuffer:
@@ -161,6 +175,7 @@ class KeyBuffer:
             starts=self._starts.to(device, copy=True),
             sizes=sizes.to(device, copy=True),
             first_ids=self.first_ids.to(device, copy=True),
+            counts=self.counts.to(device, copy=True),
         )
 
     def _make_room(self, lanes: Tensor, needed: Tensor) -> None:
