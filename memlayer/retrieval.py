@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from memlayer.errors import ShapeError
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -33,12 +35,51 @@ class SearchResult:
     scores: Tensor
     ids: Tensor
 
+    def recall(self, exact: SearchResult) -> float:
+        """Give the part of what an exact search found that this one found too.
+
+        Among equal scores either search may have chosen other ids, which then count as missed.
+
+        Args:
+            exact: the result of an exact search for the same queries and the same ``k``.
+
+        Returns:
+            From 0 to 1; 1 where there was nothing to find.
+
+        Raises:
+            ShapeError: if the two results differ in shape.
+        """
+        if self.ids.shape != exact.ids.shape:
+            raise ShapeError(
+                "recall compares results of the same queries and k, got ids of shapes "
+                f"{tuple(self.ids.shape)} and {tuple(exact.ids.shape)}"
+            )
+        wanted = exact.ids.contiguous()
+        found = self.ids.to(wanted.device).sort(-1).values
+        nearest = torch.searchsorted(found, wanted).clamp(max=found.shape[-1] - 1)
+        valid = wanted >= 0
+        hits = (found.gather(-1, nearest) == wanted) & valid
+        total = int(valid.sum())
+        return int(hits.sum()) / total if total else 1.0
+
 
 class RetrievalBackend(ABC):
     """Inner-product search over ``lanes`` independent sets of vectors.
 
     Each lane numbers its vectors 0, 1, 2, ... in the order in which they were added, and goes on
     counting when old ones are removed; `clear` starts that lane again at 0.
+
+    Threads: any number of them may call `search`, `counts` and `save` at the same time, and each
+    gets what it would have got alone. What writes (`add`, `remove_oldest`, `clear`, `load`) must
+    have the backend to itself, which is the caller's business.
+
+    Equal scores: a search may give any of the vectors that share the last score it has room for,
+    but never one of them in place of a better one.
+
+    Magnitudes: where a product, or a partial sum of one, lies beyond float32's range, it is not
+    defined which of these vectors are found. Even then a score is never NaN or ``+inf``, and
+    ``-inf`` only beside the id -1. An approximate backend may in addition need keys that are not
+    tiny: below about 1e-3, some engines cannot tell their distances apart.
 
     Args:
         lanes: independent sets of vectors.

@@ -29,6 +29,9 @@ from memlayer_backends._precision import full_precision
 from memlayer_backends._saved_keys import SavedKeys, read_keys, write_keys
 from memlayer_backends.key_buffer import KeyBuffer
 
+LARGEST = torch.finfo(torch.float32).max
+"""The score of a product that is larger, or that float32 cannot sum."""
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -117,6 +120,8 @@ class BufferedBackend(RetrievalBackend):
             vectors = vectors.masked_fill(~finite, 0.0).contiguous()
             with full_precision(kept):
                 found_scores, found_ids = self.search_keys(vectors, found)
+            # Products beyond float32: a search that sorts NaN and infinity at all puts them first.
+            found_scores = found_scores.nan_to_num(LARGEST, LARGEST, -torch.inf)
             found_scores = found_scores.masked_fill(~finite, -torch.inf)
             found_ids = found_ids.masked_fill(found_scores == -torch.inf, -1)
             scores[..., :found] = found_scores

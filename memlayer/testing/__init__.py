@@ -1,4 +1,6 @@
-"""Tests for plug-in authors to run over what they write. Needs pytest.
+"""Tests for plug-in authors to run over what they write.
+
+They need pytest and hypothesis: ``pip install "memlayer-lm[testing]"``.
 
 from memlayer.testing import BackendConformance
 
@@ -9,7 +11,11 @@ class TestMine(BackendConformance):
 
 from __future__ import annotations
 
-import pytest
+from memlayer.testing.requirements import require_test_tools
+
+require_test_tools()
+
+import pytest  # noqa: E402
 
 # Before the import: it makes pytest explain a failed assertion of the suite with its values.
 pytest.register_assert_rewrite("memlayer.testing.backends")

@@ -17,6 +17,7 @@ class TestTorch(BackendConformance):
 
 class TestTorchInSmallBlocks(BackendConformance):
     backend = "torch"
+    random_sequences = 10
     backend_options: ClassVar[dict[str, Any]] = {"block_megabytes": 1}
 
 
@@ -32,6 +33,7 @@ class TestFaissGpu(BackendConformance):
 class TestHnswlib(BackendConformance):
     backend = "hnswlib"
     minimum_recall = 0.95
+    random_sequences = 10  # too few vectors for a graph
 
 
 class TestHnswlibWithGraphsFromTheStart(BackendConformance):
@@ -42,6 +44,7 @@ class TestHnswlibWithGraphsFromTheStart(BackendConformance):
 
 class TestAuto(BackendConformance):
     backend = "auto"
+    random_sequences = 10
 
 
 def table_of(*best: str) -> MeasuredTable:
