@@ -49,7 +49,7 @@ def filled():
 
 @pytest.mark.parametrize("block_bytes", [1, 5000, 2**24])
 def test_memory_attention_and_its_gradient_equal_the_plain_form(filled, monkeypatch, block_bytes):
-    monkeypatch.setattr(attention, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setitem(attention._BLOCK_BYTES, "cpu", block_bytes)
     query = draw(2, 4, 5, 8, seed=3).requires_grad_()
     retrieved = filled.retrieve(query)
     upstream = draw(2, 4, 5, 8, seed=4)
@@ -137,7 +137,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_tokens_heads_k_and_d_exists(monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK_BYTES", 2**16)
+    monkeypatch.setitem(attention._BLOCK_BYTES, "cpu", 2**16)
     bank = make_bank(dtype=torch.float32, dim=16, top_k=64, capacity=512, slack=64)
     keys = draw(1, 2, 512, 16, dtype=torch.float32)
     bank.write(keys, keys)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -67,22 +69,30 @@ class Retrieved:
         )
 
 
-def read_chunks(stores: Sequence[Tensor], places: Tensor) -> Tensor:
+def read_chunks(stores: Sequence[Tensor], places: Tensor, memory: Tensor | None = None) -> Tensor:
     """Copy chunks out of stores.
 
     Args:
         stores: ``(places, C, D)`` each.
         places: any shape, int64, counted through all stores.
+        memory: where the copy goes, of the stores' dtype and at least as many elements; new if
+            None. Whoever reads block after block reuses it: fresh pages cost more than the copy.
 
     Returns:
         ``(*places.shape, C, D)``.
     """
+    chunk_shape = stores[0].shape[1:]
+    wanted = places.numel() * chunk_shape.numel()
+    if memory is None:
+        memory = stores[0].new_empty(wanted)
+    chunks = memory[:wanted].view(-1, chunk_shape.numel())
+    flat = places.reshape(-1)
     if len(stores) == 1:
-        return stores[0][places]
-    chunks = stores[0].new_empty(*places.shape, *stores[0].shape[1:])
-    first = 0
-    for store in stores:
-        inside = (places >= first) & (places < first + len(store))
-        chunks[inside] = store[places[inside] - first]
-        first += len(store)
-    return chunks
+        torch.index_select(stores[0].flatten(1), 0, flat, out=chunks)
+    else:
+        first = 0
+        for store in stores:
+            inside = (flat >= first) & (flat < first + len(store))
+            chunks[inside] = store.flatten(1)[flat[inside] - first]
+            first += len(store)
+    return chunks.view(*places.shape, *chunk_shape)
