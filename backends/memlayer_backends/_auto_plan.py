@@ -113,7 +113,10 @@ class _Planner:
         steps: list[Step] = []
         for bound, size in zip(bounds, sizes, strict=True):
             there = [item for item in self._table.measurements if item.size == size]
-            step = self._step(bound, there, steps[-1].setup if steps else None)
+            before = steps[-1].setup if steps else None
+            if not any(item.setup == before for item in self._table.measurements):
+                before = None  # Of a fallback nothing is known.
+            step = self._step(bound, there, before)
             if not steps or step.setup != steps[-1].setup:
                 steps.append(step)
         return tuple(steps)

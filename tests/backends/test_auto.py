@@ -261,6 +261,11 @@ def test_a_table_of_which_nothing_can_be_used_leaves_torch(use_table) -> None:
     assert backend.reason == "exact, and nothing in the measured table can be used"
 
 
+def test_where_nothing_can_be_used_at_one_size_others_still_count(use_table) -> None:
+    use_table(measured(BackendSetup(name="gone"), 32, 1.0), measured(FAISS, 128, 1.0))
+    assert chosen() == [(0, "torch"), (64, "faiss")]
+
+
 def test_options_of_the_table_are_used(use_table) -> None:
     setup = BackendSetup(name="torch", options={"block_megabytes": 1})
     use_table(measured(setup, 100, 1.0))
@@ -273,6 +278,14 @@ def test_a_device_without_a_table_is_searched_by_torch_and_that_is_said() -> Non
     backend = AutoBackend(lanes=1, dim=4, device="meta")
     assert backend.choice == "torch"
     assert "nothing was measured on meta ('memlayer bench --save' does)" in backend.reason
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_keeps_its_vectors_on_the_cpu_is_passed_over(use_table) -> None:
+    use_table(measured(TORCH, 100, 2.0), measured(FAISS, 100, 1.0))
+    backend = AutoBackend(lanes=1, dim=4, device="cuda")
+    assert backend.choice == "torch"
+    assert "; faiss is quicker, but it keeps its vectors on the CPU" in backend.reason
 
 
 def test_every_change_is_logged_once_with_its_reason(use_table, caplog) -> None:

@@ -248,3 +248,12 @@ def test_settings_that_a_file_of_pairs_does_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run_benchmark(options("plain", pairs=pairs, **change), plugins=plugins)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_and_named(plugins) -> None:
+    result = run_benchmark(options("plain", "half-blind", device="cuda"), plugins=plugins)
+    assert result.skipped == ()
+    assert result.table.machine.device == "cuda"
+    assert result.table.machine.processor == torch.cuda.get_device_name()
+    assert [item.recall for item in result.table.measurements if item.exact] == [1.0, 1.0]
