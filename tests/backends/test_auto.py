@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from memlayer import ConfigError
+from memlayer import ConfigError, RetrievalBackend
 from memlayer.benchmarking import BackendSetup, MeasuredTable, read_table
 from memlayer.benchmarking.machine import Machine
 from memlayer.benchmarking.results import Measurement, SearchTime
 from memlayer.benchmarking.table import table_path
+from memlayer.memory import MemoryBank
 from memlayer_backends import _auto_plan, auto
 from memlayer_backends.auto import AutoBackend
+from memlayer_backends.torch_exact import TorchBackend
 
 TORCH, FAISS, GRAPHS = (BackendSetup(name=name) for name in ("torch", "faiss", "hnswlib"))
 
@@ -145,6 +147,33 @@ def test_what_is_loaded_is_searched_by_what_suits_its_size(
     backend.load(tmp_path)
     assert backend.choice == choice
     assert backend.counts().tolist() == [stored, stored]
+
+
+def test_a_memory_bank_whose_index_changes_reads_what_one_with_torch_reads(use_table) -> None:
+    two_steps(use_table)
+
+    def bank(kind: Callable[..., RetrievalBackend]) -> MemoryBank:
+        return MemoryBank(
+            capacity=400,
+            chunk_size=4,
+            top_k=16,
+            num_layers=1,
+            num_key_value_heads=2,
+            head_dim=4,
+            make_index=lambda lanes: kind(lanes=lanes, dim=4),
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    changing, plain = bank(AutoBackend), bank(TorchBackend)
+    choices = []
+    for _ in range(9):
+        written = torch.randn(2, 2, 100, 4, generator=generator)
+        for memory in (changing, plain):
+            memory.write(written, written.flip(-1))
+        choices.append(changing._indexes[0].choice)
+        queries = torch.randn(2, 4, 5, 4, generator=generator)
+        assert torch.equal(changing.retrieve(queries).ids, plain.retrieve(queries).ids)
+    assert choices == ["torch"] * 2 + ["faiss"] * 7
 
 
 def test_an_expected_size_is_chosen_for_once_and_for_all(use_table) -> None:
