@@ -204,4 +204,6 @@ def _queries(number: int) -> str:
 
 def _search(time: SearchTime) -> str:
     spread = (time.high - time.low) / (2 * max(time.seconds, 1e-9))
-    return f"{1e3 * time.seconds:.3g} ±{100 * spread:.0f} %"
+    milliseconds = 1e3 * time.seconds
+    shown = f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:,.0f}"
+    return f"{shown} ±{100 * spread:.0f} %"
