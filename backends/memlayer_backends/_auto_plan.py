@@ -63,11 +63,16 @@ def make_plan(options: AutoOptions, device: torch.device) -> tuple[Step, ...]:
         )
         return (Step(from_size=0, setup=FALLBACK, reason=reason),)
     steps = _Planner(table, options, device).steps()
-    if options.expected_size is None:
-        return steps
-    (*_, last) = (step for step in steps if step.from_size <= options.expected_size)
-    reason = f"for an expected_size of {options.expected_size:,}: {last.reason}"
-    return (Step(from_size=0, setup=last.setup, reason=reason),)
+    if options.expected_size is not None:
+        (*_, last) = (step for step in steps if step.from_size <= options.expected_size)
+        reason = f"for an expected_size of {options.expected_size:,}: {last.reason}"
+        return (Step(from_size=0, setup=last.setup, reason=reason),)
+    changes = [
+        step
+        for before, step in pairwise([None, *steps])
+        if before is None or before.setup != step.setup
+    ]
+    return tuple(changes)
 
 
 def find_table(device: torch.device) -> MeasuredTable | None:
@@ -107,7 +112,8 @@ class _Planner:
         self._device = device
         self._problems: dict[str, str | None] = {}
 
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> list[Step]:
+        """Give one step for each size of the table, of which some have the same backend."""
         sizes = sorted({item.size for item in self._table.measurements})
         bounds = [0] + [math.ceil(math.sqrt(a * b)) for a, b in pairwise(sizes)]
         steps: list[Step] = []
@@ -116,10 +122,8 @@ class _Planner:
             before = steps[-1].setup if steps else None
             if not any(item.setup == before for item in self._table.measurements):
                 before = None  # Of a fallback nothing is known.
-            step = self._step(bound, there, before)
-            if not steps or step.setup != steps[-1].setup:
-                steps.append(step)
-        return tuple(steps)
+            steps.append(self._step(bound, there, before))
+        return steps
 
     def _step(self, bound: int, there: list[Measurement], before: BackendSetup | None) -> Step:
         ranked = sorted((item for item in there if self._allowed(item)), key=self._rank)
@@ -128,7 +132,8 @@ class _Planner:
         measured = any(item.setup == before for item in there)
         if before is not None and (not usable or not measured):
             # Too slow to be measured, most likely, but nothing is known to be better.
-            return Step(from_size=bound, setup=before, reason="")
+            reason = f"as for fewer vectors; it was not measured with {there[0].size:,} a lane"
+            return Step(from_size=bound, setup=before, reason=reason)
         if not usable:
             reason = "exact, and nothing in the measured table can be used"
             return Step(from_size=bound, setup=FALLBACK, reason=reason)

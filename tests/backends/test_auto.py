@@ -250,6 +250,8 @@ def test_what_was_too_slow_to_be_measured_is_not_returned_to(use_table) -> None:
         measured(TORCH, 128, 8.0),
     )
     assert chosen(approximate=True) == [(0, "hnswlib")]
+    reason = AutoBackend(lanes=1, dim=4, approximate=True, expected_size=128).reason
+    assert reason.endswith(": as for fewer vectors; it was not measured with 128 a lane")
 
 
 # ---------------------------------------------------------------- by what is here
