@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILE_BLOCK = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGE = ROOT / "docs" / "plugins.md"
+FILE_BLOCK = re.compile(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
 def example(tmp_path):
-    """The package of docs/plugins.md, installed."""
-    text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
-    for name, content in FILE_BLOCK.findall(text):
+    """The package of docs/plugins.md that stands nowhere else, installed."""
+    for name, content in FILE_BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+        if name.startswith("examples/"):
+            continue
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
@@ -51,14 +53,24 @@ def python(folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
+def test_the_files_that_the_documentation_quotes_are_the_files():
+    quoted = [
+        (ROOT / name, content)
+        for name, content in FILE_BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+        if name.startswith("examples/")
+    ]
+    assert len(quoted) == 4
+    for path, content in quoted:
+        assert content == path.read_text(encoding="utf-8")
+
+
 def test_the_plugin_of_the_documentation_is_found(example):
     listed = python(example, "-c", "from memlayer_cli.main import main; main()", "plugins")
-    assert re.search(r"backend\W+timed\W+memlayer-example 1.0\W+available", listed)
     assert re.search(r"adapter\W+starcoder2\W+memlayer-example 1.0\W+available", listed)
     assert "failed" not in listed
 
 
 def test_the_plugin_of_the_documentation_passes_its_own_tests(example):
     output = python(example, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
-    assert re.search(r"\d\d passed", output)
+    assert "1 passed" in output
     assert "failed" not in output

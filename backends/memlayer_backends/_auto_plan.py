@@ -67,12 +67,8 @@ def make_plan(options: AutoOptions, device: torch.device) -> tuple[Step, ...]:
         (*_, last) = (step for step in steps if step.from_size <= options.expected_size)
         reason = f"for an expected_size of {options.expected_size:,}: {last.reason}"
         return (Step(from_size=0, setup=last.setup, reason=reason),)
-    changes = [
-        step
-        for before, step in pairwise([None, *steps])
-        if before is None or before.setup != step.setup
-    ]
-    return tuple(changes)
+    changes = [after for before, after in pairwise(steps) if after.setup != before.setup]
+    return (steps[0], *changes)
 
 
 def find_table(device: torch.device) -> MeasuredTable | None:

@@ -1,50 +1,39 @@
-"""Approximate search with hnswlib: one navigable graph per lane, on the CPU."""
+"""Approximate search with hnswlib: navigable graphs of each lane, on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from memlayer_backends._checks import check_whole_number, select_lanes
+from memlayer_backends._checks import select_lanes
+from memlayer_backends._graph_lane import GraphLane, HnswlibOptions
 from memlayer_backends.buffered import BufferedBackend
+from memlayer_backends.rescoring import best_of
+
+logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
 
 EXACT_SCORES = 2**22
 """Scores held at a time by a search without a graph."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class HnswlibOptions:
-    """Options of the ``hnswlib`` backend."""
-
-    m: int = 16
-    """Links per vector; more find more, and cost memory and time."""
-
-    ef_construction: int = 200
-    """Candidates looked at when a vector is added."""
-
-    ef_search: int = 128
-    """Candidates looked at by a search, at least ``k`` in any case."""
-
-    exact_below: int = 512
-    """Vectors in a lane from which on it has a graph. A smaller lane is searched exactly."""
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            minimum = 2 if item.name == "m" else 1
-            check_whole_number(item.name, getattr(self, item.name), minimum=minimum)
+LONG_BUILD = 100_000
+"""Vectors from which on building the graphs of what is loaded is worth a line in the log."""
 
 
 class HnswlibBackend(BufferedBackend):
     """Approximate inner-product search with hnswlib on the CPU, wherever the queries come from.
 
-    Vectors are held twice, in the graphs and beside them: small lanes are searched exactly, graphs
-    are built again when more than half of what they hold was removed, and nothing but vectors is
-    saved. After `load` the graphs are new ones, so that results may differ within their recall.
+    Graphs find candidates; their scores are exact. Lanes are written and searched in parallel, by
+    as many threads as torch uses, which change no result: each lane's graph is made by one thread.
+    Vectors are held beside the graphs too, and nothing else is saved. After `load` the graphs are
+    new ones, so that results may differ within their recall.
 
     Args:
         lanes: independent sets of vectors.
@@ -63,7 +52,7 @@ class HnswlibBackend(BufferedBackend):
         self, *, lanes: int, dim: int, device: torch.device | str = "cpu", **options: Any
     ) -> None:
         super().__init__(lanes=lanes, dim=dim, device=device, **options)
-        self._graphs: list[_Graph | None] = [None] * lanes
+        self._graphs = [GraphLane(self.options) for _ in range(lanes)]
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -89,108 +78,58 @@ class HnswlibBackend(BufferedBackend):
         """Drop all vectors of the given lanes, as the contract says."""
         super().clear(lanes)
         for lane in select_lanes(lanes, self.lanes).tolist():
-            self._graphs[lane] = None
+            self._graphs[lane].clear()
 
     def rebuild(self) -> None:
         """Build all graphs anew."""
-        self._graphs = [None] * self.lanes
+        for graph in self._graphs:
+            graph.clear()
+        counts = self.buffer.counts
+        n = int(counts[counts >= self.options.exact_below].sum())
+        if n >= LONG_BUILD:
+            logger.info("building hnswlib graphs of %d vectors", n)
         self._update_graphs(None)
-
-    def _update_graphs(self, lanes: Sequence[int] | None) -> None:
-        for lane in select_lanes(lanes, self.lanes).tolist():
-            self._graphs[lane] = self._up_to_date(lane)
-
-    def _up_to_date(self, lane: int) -> _Graph | None:
-        graph = self._graphs[lane]
-        count = int(self.buffer.counts[lane])
-        first_id = int(self.buffer.first_ids[lane])
-        # Half the threshold on the way down, or a full lane near it would build at every write.
-        if count < (self.options.exact_below // 2 if graph else self.options.exact_below):
-            return None
-        if graph is not None:
-            graph.remove_before(first_id)
-            if graph.removed <= count:
-                graph.add(self.buffer.newest(lane, first_id + count - graph.next_id))
-                return graph
-        graph = _Graph(self.dim, first_id, self.options)
-        graph.add(self.buffer.newest(lane, count))
-        return graph
 
     def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Search each lane in its graph, or exactly where it has none."""
-        shape = (self.lanes, queries.shape[1], k)
-        scores = queries.new_full(shape, -torch.inf)
-        ids = torch.full(shape, -1)
-        for lane, graph in enumerate(self._graphs):
-            found = min(k, int(self.buffer.counts[lane]))
-            if not found:
-                continue
-            result = graph.search(queries[lane], found) if graph else None
-            best, which = result or self._search_exactly(lane, queries[lane], found)
-            scores[lane, :, :found] = best
-            ids[lane, :, :found] = which
-        return scores, ids
+        ids = torch.full((self.lanes, queries.shape[1], k), -1)
+        counts = self.buffer.counts.tolist()
+        with_graph = [lane for lane, graph in enumerate(self._graphs) if graph.current is not None]
+        # Threads that have no lane of their own share the queries of one.
+        inside = max(1, torch.get_num_threads() // max(1, len(with_graph)))
 
-    def _search_exactly(self, lane: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        def search_graph(lane: int) -> Tensor | None:
+            found = min(k, counts[lane])
+            return self._graphs[lane].search(queries[lane], found, threads=inside)
+
+        results = dict(zip(with_graph, _for_each(search_graph, with_graph), strict=True))
+        for lane, count in enumerate(counts):
+            if count:
+                found = min(k, count)
+                result = results.get(lane)
+                if result is None:
+                    result = self._search_exactly(lane, queries[lane], found)
+                ids[lane, :, :found] = result
+        return best_of(self.buffer, queries, ids, k)
+
+    def _search_exactly(self, lane: int, queries: Tensor, k: int) -> Tensor:
         keys = self.buffer.live(torch.tensor([lane]))
         block = max(1, EXACT_SCORES // len(keys))
-        best = [(some @ keys.T).topk(k) for some in torch.split(queries, block)]
-        positions = torch.cat([item.indices for item in best])
-        return torch.cat([item.values for item in best]), positions + self.buffer.first_ids[lane]
+        best = [(some @ keys.T).topk(k).indices for some in torch.split(queries, block)]
+        return torch.cat(best) + self.buffer.first_ids[lane]
+
+    def _update_graphs(self, lanes: Sequence[int] | None) -> None:
+        def update(lane: int) -> None:
+            self._graphs[lane].update(self.buffer, lane)
+
+        _for_each(update, select_lanes(lanes, self.lanes).tolist())
 
 
-class _Graph:
-    """One lane's graph, its labels being ids.
-
-    Attributes:
-        next_id: the label that the next vector gets.
-        removed: vectors in the graph that are marked as deleted.
-    """
-
-    def __init__(self, dim: int, first_id: int, options: HnswlibOptions) -> None:
-        import hnswlib
-
-        self.next_id = first_id
-        self.removed = 0
-        self._first_id = first_id
-        self._ef_search = options.ef_search
-        self._capacity = options.exact_below
-        self._index = hnswlib.Index(space="ip", dim=dim)
-        self._index.init_index(
-            max_elements=self._capacity,
-            M=options.m,
-            ef_construction=options.ef_construction,
-            random_seed=0,
-        )
-
-    def add(self, keys: Tensor) -> None:
-        n = len(keys)
-        held = self._index.get_current_count() + n
-        if held > self._capacity:
-            self._capacity = max(held, 2 * self._capacity)
-            self._index.resize_index(self._capacity)
-        if n:
-            labels = torch.arange(self.next_id, self.next_id + n)
-            # One thread: the order of insertion shapes the graph, and is to be the same each time.
-            self._index.add_items(keys.numpy(), labels.numpy(), num_threads=1)
-            self.next_id += n
-
-    def remove_before(self, first_id: int) -> None:
-        for label in range(self._first_id, min(first_id, self.next_id)):
-            self._index.mark_deleted(label)
-        self.removed += max(0, first_id - self._first_id)
-        self._first_id = max(first_id, self._first_id)
-
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """Give scores and ids ``(q, k)``, or None where the graph does not reach ``k`` vectors."""
-        self._index.set_ef(max(self._ef_search, k))
-        try:
-            labels, distances = self._index.knn_query(
-                queries.numpy(), k, num_threads=torch.get_num_threads()
-            )
-        except RuntimeError as error:
-            # What hnswlib says when a query met fewer than k vectors that are not deleted.
-            if "contiguous 2D array" not in str(error):
-                raise
-            return None
-        return 1.0 - torch.from_numpy(distances), torch.from_numpy(labels.astype("int64"))
+def _for_each(work: Callable[[int], ResultT], lanes: Sequence[int]) -> list[ResultT]:
+    """Give ``work`` of each lane; hnswlib leaves Python's lock alone, so threads do help."""
+    threads = min(torch.get_num_threads(), len(lanes))
+    if threads <= 1:
+        return [work(lane) for lane in lanes]
+    # Made anew each time: threads that are kept would be missing in a forked process.
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, lanes))

@@ -118,11 +118,15 @@ class KeyBuffer:
         device = self.keys.device
         return self.keys[lanes[rows].to(device), slots.to(device)]
 
-    def newest(self, lane: int, n: int) -> Tensor:
-        """Copy the ``n`` newest vectors of one lane, oldest first: ``(n, dim)``."""
-        end = self._starts[lane] + self.counts[lane]
-        slots = (end - n + torch.arange(n)) % self._sizes[lane].clamp(min=1)
+    def at(self, lane: int, ids: Tensor) -> Tensor:
+        """Copy the vectors of ids ``(n,)`` that one lane holds: ``(n, dim)``."""
+        ages = ids - self.first_ids[lane]
+        slots = (self._starts[lane] + ages) % self._sizes[lane].clamp(min=1)
         return self.keys[lane, slots.to(self.keys.device)]
+
+    def between(self, lane: int, start: int, stop: int) -> Tensor:
+        """Copy the vectors of ids ``[start, stop)``, which one lane holds: ``(n, dim)``."""
+        return self.at(lane, torch.arange(start, stop))
 
     def replace(self, keys: Tensor, counts: Tensor, first_ids: Tensor) -> None:
         """Hold exactly these vectors, in the order that `live` gives for all lanes."""
@@ -160,23 +164,43 @@ class KeyBuffer:
 
     def _look(self) -> Occupancy:
         n_slots = _whole_groups(int(self._sizes.max()))
-        slots = torch.arange(n_slots)
         sizes = self._sizes.clamp(min=1)
+        start, stop = self._free_range(n_slots)
+        slots = torch.arange(start, stop)
         offsets = (slots - self._starts[:, None]) % sizes[:, None]
         free = (offsets >= self.counts[:, None]) | (slots >= self._sizes[:, None])
-        anywhere = free.any(0).nonzero()
-        bounds = (int(anywhere[0]), int(anywhere[-1]) + 1) if len(anywhere) else (0, 0)
         device = self.keys.device
         return Occupancy(
             n_slots=n_slots,
-            free=free[:, slice(*bounds)].to(device),
-            free_start=bounds[0],
-            free_stop=bounds[1],
+            free=free.to(device),
+            free_start=start,
+            free_stop=stop,
             starts=self._starts.to(device, copy=True),
             sizes=sizes.to(device, copy=True),
             first_ids=self.first_ids.to(device, copy=True),
             counts=self.counts.to(device, copy=True),
         )
+
+    def _free_range(self, n_slots: int) -> tuple[int, int]:
+        """Give the first slot free in any lane, and one past the last; (0, 0) where none is.
+
+        From where the vectors of each lane begin and end: to look at every slot would make the
+        first search after a write as long as the lanes are.
+        """
+        first, last = n_slots, 0
+        rings = (self._starts.tolist(), self.counts.tolist(), self._sizes.tolist())
+        for start, count, size in zip(*rings, strict=True):
+            end = start + count
+            if count == size:
+                free = []
+            elif end > size:
+                free = [(end - size, start)]
+            else:
+                free = [(0, start), (end, size)]
+            for begin, stop in [*free, (size, n_slots)]:
+                if begin < stop:
+                    first, last = min(first, begin), max(last, stop)
+        return (first, last) if last else (0, 0)
 
     def _make_room(self, lanes: Tensor, needed: Tensor) -> None:
         sizes = self._sizes[lanes]

@@ -29,6 +29,9 @@ class TestTheExample(BackendConformance):
     def make_backend(self, lanes: int, dim: int, **options: Any) -> RetrievalBackend:
         return example()(lanes=lanes, dim=dim, **options)
 
+    def make_with_defaults(self, lanes: int, dim: int) -> RetrievalBackend:
+        return self.make_backend(lanes, dim)
+
 
 def test_every_backend_has_its_row() -> None:
     rows = re.findall(r"^\| `([a-z-]+)` \|", PAGE.partition("## Options")[0], re.MULTILINE)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from memlayer import BackendUnavailableError, ConfigError
-from memlayer_backends.hnswlib_graph import HnswlibBackend, _Graph
+from memlayer_backends._graph_lane import Graph
+from memlayer_backends.hnswlib_graph import HnswlibBackend
 from memlayer_backends.torch_exact import TorchBackend
 
 
@@ -17,42 +18,108 @@ def hnswlib_or_skip() -> None:
     pytest.importorskip("hnswlib")
 
 
-def graph_of(backend: HnswlibBackend) -> _Graph:
-    graph = backend._graphs[0]
+def graph_of(backend: HnswlibBackend, lane: int = 0) -> Graph:
+    graph = backend._graphs[lane].current
     assert graph is not None
     return graph
+
+
+def has_graph(backend: HnswlibBackend) -> list[bool]:
+    return [lane.current is not None for lane in backend._graphs]
+
+
+@pytest.fixture
+def insertions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Give a list that every insertion into a graph adds its number of vectors to."""
+    inserted: list[int] = []
+    add = Graph.add
+
+    def counted(self: Graph, keys: torch.Tensor, first_id: int) -> None:
+        inserted.append(len(keys))
+        add(self, keys, first_id)
+
+    monkeypatch.setattr(Graph, "add", counted)
+    return inserted
 
 
 def test_a_small_lane_is_searched_exactly() -> None:
     approximate, exact = HnswlibBackend(lanes=1, dim=32), TorchBackend(lanes=1, dim=32)
     for backend in (approximate, exact):
-        backend.add(random(1, 500, 32))
+        backend.add(random(1, 1500, 32))
     queries = random(1, 50, 32, seed=1)
-    assert approximate._graphs == [None]
+    assert has_graph(approximate) == [False]
     assert torch.equal(approximate.search(queries, 20).ids, exact.search(queries, 20).ids)
 
 
 def test_a_lane_gets_its_graph_when_it_is_long_enough_and_loses_it_well_below() -> None:
     backend = HnswlibBackend(lanes=2, dim=4, exact_below=100)
-    backend.add(random(1, 100, 4), [0])
+    for seed in range(10):
+        backend.add(random(1, 20, 4, seed=seed), [0])
     backend.add(random(1, 99, 4), [1])
-    assert [graph is not None for graph in backend._graphs] == [True, False]
-    backend.remove_oldest(50, [0])
-    assert backend._graphs[0] is not None
+    assert has_graph(backend) == [True, False]
+    backend.remove_oldest(150, [0])
+    assert has_graph(backend) == [True, False]
     backend.remove_oldest(1, [0])
-    assert backend._graphs[0] is None
+    assert has_graph(backend) == [False, False]
 
 
-def test_what_was_removed_never_fills_more_than_half_of_a_graph() -> None:
+def test_no_write_inserts_many_more_vectors_than_it_adds_or_drops(insertions: list[int]) -> None:
     backend = HnswlibBackend(lanes=1, dim=4, exact_below=64)
-    backend.add(random(1, 200, 4))
-    for step in range(60):
-        backend.remove_oldest(30)
-        backend.add(random(1, 30, 4, seed=step))
+    for step in range(30):
+        del insertions[:]
+        backend.add(random(1, 10, 4, seed=step))
+        assert sum(insertions) <= 2 * 10
+    assert has_graph(backend) == [True]
+    for step in range(100):
+        del insertions[:]
+        dropped, added = (7, 7) if step < 60 else (7, 3)
+        backend.remove_oldest(dropped)
+        backend.add(random(1, added, 4, seed=step))
+        assert sum(insertions) <= 2 * added + dropped
+        count = int(backend.counts()[0])
         graph = graph_of(backend)
-        assert graph.removed <= 200
-        assert graph._index.get_current_count() <= 2 * 200 + 30
-        assert graph._capacity <= 1024
+        assert graph.removed <= count + dropped
+        assert len(graph) <= 2 * 300 + added
+
+
+def test_each_key_finds_itself_after_many_turns_of_the_ring() -> None:
+    backend = HnswlibBackend(lanes=2, dim=16, exact_below=64)
+    stored = torch.nn.functional.normalize(random(2, 4000, 16), dim=-1)
+    backend.add(stored[:, :500])
+    for start in range(500, 4000, 50):
+        backend.remove_oldest(50)
+        backend.add(stored[:, start : start + 50])
+    found = backend.search(stored[:, 3500:], 1).ids[..., 0]
+    right = (found == torch.arange(3500, 4000)).float().mean()
+    assert has_graph(backend) == [True, True]
+    assert right > 0.99
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_number_of_threads_changes_nothing(lanes: int) -> None:
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        backend = HnswlibBackend(lanes=lanes, dim=8, exact_below=64, ef_search=4, m=4)
+        for step in range(10):
+            backend.add(random(lanes, 100, 8, seed=step))
+            backend.remove_oldest(30)
+        results.append(backend.search(random(lanes, 40, 8, seed=99), 5))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0].ids, results[1].ids)
+
+
+def test_keys_that_share_most_of_their_length_are_found() -> None:
+    # As a real model's do: their common part, which no query asks for, is most of every product.
+    common = 8 * torch.nn.functional.normalize(random(1, 1, 32, seed=5), dim=-1)
+    keys, queries = random(1, 5000, 32) + common, random(1, 50, 32, seed=1)
+    queries = queries - 0.5 * common
+    exact, approximate = TorchBackend(lanes=1, dim=32), HnswlibBackend(lanes=1, dim=32)
+    for backend in (exact, approximate):
+        backend.add(keys)
+    assert has_graph(approximate) == [True]
+    assert approximate.search(queries, 16).recall(exact.search(queries, 16)) > 0.9
 
 
 def test_as_many_as_a_lane_holds_are_found_also_after_most_were_removed() -> None:
@@ -74,7 +141,7 @@ def test_a_graph_that_does_not_reach_k_vectors_is_replaced_by_an_exact_search() 
     approximate.add(keys)
     exact.add(keys)
     queries = random(1, 3, 8, seed=1)
-    assert graph_of(approximate).search(queries[0], 600) is None
+    assert graph_of(approximate).search(queries[0], 600, threads=1) is None
     result = approximate.search(queries, 600)
     torch.testing.assert_close(result.scores, exact.search(queries, 600).scores)
 
@@ -83,20 +150,20 @@ def test_the_same_vectors_make_the_same_graph() -> None:
     results = []
     for _ in range(2):
         backend = HnswlibBackend(lanes=1, dim=16, m=4, ef_search=4)
-        backend.add(random(1, 3000, 16))
+        backend.add(random(1, 5000, 16))
         results.append(backend.search(random(1, 40, 16, seed=1), 10))
     assert torch.equal(results[0].ids, results[1].ids)
 
 
 def test_more_candidates_find_more() -> None:
     exact = TorchBackend(lanes=1, dim=32)
-    exact.add(random(1, 3000, 32))
+    exact.add(random(1, 5000, 32))
     queries = random(1, 40, 32, seed=1)
     kth = exact.search(queries, 10).scores[..., -1:] - 1e-4
     recalls = []
     for ef_search in (10, 500):
         backend = HnswlibBackend(lanes=1, dim=32, m=8, ef_search=ef_search)
-        backend.add(random(1, 3000, 32))
+        backend.add(random(1, 5000, 32))
         recalls.append((backend.search(queries, 10).scores >= kth).float().mean().item())
     assert recalls[0] < recalls[1]
     assert recalls[1] > 0.95

@@ -37,6 +37,9 @@ class BackendCase:
     random_sequences: ClassVar[int] = 40
     """Sequences of 50 random steps that are tried, the same ones in every run."""
 
+    shortest_failure: ClassVar[bool] = True
+    """Whether a failing sequence is cut down to the shortest that fails, which may take minutes."""
+
     def make_backend(self, lanes: int, dim: int, **options: Any) -> RetrievalBackend:
         """Construct the backend, or skip the test where it is unavailable.
 

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import HealthCheck, Phase, configuration, settings
 from hypothesis import strategies as st
@@ -20,6 +20,9 @@ from hypothesis.stateful import (
 from memlayer.testing.backends.case import BackendCase
 from memlayer.testing.backends.vectors import random_vectors, unit_vectors
 
+if TYPE_CHECKING:
+    import pytest
+
 LANES, DIM = 3, 8
 
 Lanes = st.lists(st.sampled_from(range(LANES)), min_size=1, max_size=LANES, unique=True)
@@ -32,7 +35,7 @@ class RandomStepTests(BackendCase):
     """Any interleaving of the operations."""
 
     def test_any_sequence_of_steps_agrees_with_a_plain_model(
-        self, tmp_path: Path, record_property: Callable[[str, object], None]
+        self, tmp_path: Path, request: pytest.FixtureRequest
     ) -> None:
         suite = self
         self.make_backend(lanes=1, dim=1)  # skips where there is none
@@ -56,11 +59,11 @@ class RandomStepTests(BackendCase):
                     database=None,
                     deadline=None,
                     print_blob=False,
-                    phases=[Phase.generate, Phase.shrink],
+                    phases=[Phase.generate, *[Phase.shrink] * self.shortest_failure],
                     suppress_health_check=list(HealthCheck),
                 ),
             )
-        record_property("steps", steps)
+        request.node.user_properties.append(("steps", steps))
 
 
 class BackendSteps(RuleBasedStateMachine):
