@@ -182,7 +182,7 @@ def _table(title: str, measurements: list[Measurement]) -> Table:
     table = Table(
         title=title, caption="µs per vector; ms per search of all lanes ± half the spread"
     )
-    table.add_column("backend")
+    table.add_column("backend", overflow="fold")
     columns = ["recall", "add", "append"]
     columns += [_queries(item.queries) for item in measurements[0].search]
     for name in columns:

@@ -101,7 +101,7 @@ class Subject:
             foretold = spent * size / min(size, start + PIECE)
             if spent > EARLY and foretold > seconds:
                 raise TooSlowError(foretold)
-        synchronize(task.device)
+        self._settle()
         self.add = (time.perf_counter() - began) / (lanes * size)
 
     def recall(self) -> float:
@@ -138,5 +138,10 @@ class Subject:
         for new in task.keys.split(piece, dim=1):
             self.backend.remove_oldest(new.shape[1])
             self.backend.add(new)
-        synchronize(task.device)
+        self._settle()
         return (time.perf_counter() - began) / (lanes * size)
+
+    def _settle(self) -> None:
+        # Some engines build only when they are asked.
+        self.backend.search(self._task.queries[:, :1], self._task.k)
+        synchronize(self._task.device)

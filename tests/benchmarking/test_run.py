@@ -111,6 +111,30 @@ def test_recall_is_that_of_the_search_before_and_after_a_turn(plugins) -> None:
         assert item.recall_after_turn == expected
 
 
+def test_what_is_built_when_it_is_asked_counts_as_adding(plugins, monkeypatch) -> None:
+    class Clock:
+        now = 0.0
+
+    changed = []
+
+    def add(self, keys: Tensor, lanes=None) -> None:
+        changed.append(True)
+        TorchBackend.add(self, keys, lanes)
+
+    def search(self, queries: Tensor, k: int) -> SearchResult:
+        Clock.now += 128.0 if changed else 0.01
+        changed.clear()
+        return TorchBackend.search(self, queries, k)
+
+    monkeypatch.setattr(Plain, "add", add)
+    monkeypatch.setattr(Plain, "search", search)
+    monkeypatch.setattr("time.perf_counter", lambda: Clock.now)
+    wanted = options("plain", tokens=(256,), budget=1000.0)
+    (item,) = run_benchmark(wanted, plugins=plugins).table.measurements
+    assert (item.add, item.append) == pytest.approx((1.0, 1.0))  # 128 s over 2 x 64 vectors
+    assert [time.seconds for time in item.search] == pytest.approx([0.01, 0.01])
+
+
 def test_by_default_all_that_search_themselves_are_measured_as_they_suggest(plugins) -> None:
     result = run_benchmark(options(tokens=(256,)), plugins=plugins)
     assert [str(item.setup) for item in result.table.measurements] == [
