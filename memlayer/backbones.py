@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from memlayer.cache import user_cache
 from memlayer.errors import CheckpointError, ConfigError, UnknownNameError, UnsupportedModelError
 from memlayer.hub import reason_unreachable
 
@@ -155,8 +155,7 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def cache_folder() -> Path:
     """Give the folder of converted GGUF models: ``$XDG_CACHE_HOME/memlayer/backbones``."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "memlayer" / "backbones"
+    return user_cache() / "backbones"
 
 
 def _load_packaged(name: str, packaged: _PackagedModel, dtype: torch.dtype) -> Backbone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,15 @@ class Fields:
         if not _is_whole(value, least):
             raise self.damaged(name, f"a whole number of at least {least}")
         return int(value)
+
+    def number(self, name: str, *, most: float = math.inf) -> float:
+        """Take a finite number from 0 to ``most``."""
+        value: Any = self.values.get(name)
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        if not fits or not 0 <= value <= min(most, LARGEST):
+            upper = "" if most == math.inf else f" and at most {most}"
+            raise self.damaged(name, f"a number of at least 0{upper}")
+        return float(value)
 
     def wholes(self, name: str, *, length: int | None = None) -> tuple[int, ...]:
         """Take a list of whole numbers, of a given length if one is given."""

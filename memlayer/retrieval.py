@@ -10,9 +10,10 @@ tokens or values: it maps query vectors to the insertion numbers of stored vecto
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,8 +71,8 @@ class RetrievalBackend(ABC):
 
     Threads: any number of them may call `search`, `counts` and `save` at the same time, and each
     gets what it would have got alone; an approximate backend may learn from what it is asked, so
-    that its results differ within its recall. What writes (`add`, `remove_oldest`, `clear`, `load`) must
-    have the backend to itself, which is the caller's business.
+    that its results differ within its recall. What writes (`add`, `remove_oldest`, `clear`,
+    `load`) must have the backend to itself, which is the caller's business.
 
     Equal scores: a search may give any of the vectors that share the last score it has room for,
     but never one of them in place of a better one.
@@ -87,6 +88,9 @@ class RetrievalBackend(ABC):
         device: where queries come from and results go to.
         options: the backend's own; an unknown one raises `ConfigError`.
     """
+
+    worth_measuring: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Sets of options that `memlayer bench` compares, where it is told no others."""
 
     def __init__(self, *, lanes: int, dim: int, device: torch.device | str = "cpu") -> None:
         self.lanes = lanes
@@ -153,6 +157,11 @@ class RetrievalBackend(ABC):
             MemoryFormatError: if the files are missing, damaged or of other lanes or dim; the
                 contents are then what they were.
         """
+
+    @property
+    def exact(self) -> bool:
+        """Whether no search ever misses one of the ``k`` best; not promised unless overridden."""
+        return False
 
     @classmethod
     def unavailable_reason(cls) -> str | None:

@@ -18,6 +18,11 @@ from memlayer_backends.buffered import BufferedBackend
 class FaissFlatBackend(BufferedBackend):
     """Exact search with faiss, lane by lane."""
 
+    @property
+    def exact(self) -> bool:
+        """Always."""
+        return True
+
     @abstractmethod
     def _nearest(self, queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Search one array.

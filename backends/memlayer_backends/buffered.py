@@ -1,7 +1,7 @@
 """What all built-in backends share: the checks, the stored vectors, the options and the file.
 
 A backend that keeps its vectors in a `KeyBuffer` only has to search them: it subclasses
-`BufferedBackend` and writes `search_keys`.
+`BufferedBackend` and writes `search_keys`; what it builds beside them is built in `rebuild`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memlayer.errors import BackendUnavailableError
+from memlayer.errors import BackendUnavailableError, ShapeError
 from memlayer.retrieval import RetrievalBackend, SearchResult
 from memlayer_backends._checks import (
     check_finite,
@@ -158,3 +158,30 @@ class BufferedBackend(RetrievalBackend):
         """Replace the contents by what any built-in backend saved; the options stay this one's."""
         saved = read_keys(directory, lanes=self.lanes, dim=self.dim)
         self.buffer.replace(saved.keys, saved.counts, saved.first_ids)
+        self.rebuild()
+
+    def take_over(self, buffer: KeyBuffer) -> None:
+        """Replace the contents by another backend's vectors, under their ids and without a copy.
+
+        Args:
+            buffer: of as many lanes and the same dim; whoever held it must not use it any more.
+
+        Raises:
+            ShapeError: if it is of another size, or lies where this backend cannot search.
+        """
+        held, offered = self.buffer.keys, buffer.keys
+        for what, wanted, got in (
+            ("lanes", held.shape[0], offered.shape[0]),
+            ("dim", held.shape[2], offered.shape[2]),
+            ("device", held.device, offered.device),
+        ):
+            if wanted != got:
+                raise ShapeError(
+                    f"backend {self.name!r} can take over vectors of {what} {wanted} only, got "
+                    f"{got}; save and load them instead"
+                )
+        self.buffer = buffer
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Build anew whatever is searched beside the buffer, whose contents were replaced."""

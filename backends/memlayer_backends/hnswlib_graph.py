@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -76,9 +75,8 @@ class HnswlibBackend(BufferedBackend):
         for lane in select_lanes(lanes, self.lanes).tolist():
             self._graphs[lane].clear()
 
-    def load(self, directory: Path) -> None:
-        """Replace the contents by what any backend saved; the first search makes the graphs."""
-        super().load(directory)
+    def rebuild(self) -> None:
+        """Forget all graphs; the next search makes new ones."""
         for graph in self._graphs:
             graph.clear()
 

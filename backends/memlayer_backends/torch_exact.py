@@ -40,6 +40,11 @@ class TorchBackend(BufferedBackend):
 
     options: TorchOptions
 
+    @property
+    def exact(self) -> bool:
+        """Always."""
+        return True
+
     def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Search all lanes at once, a block of queries after the other."""
         occupancy = self.buffer.occupancy()

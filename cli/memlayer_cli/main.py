@@ -19,6 +19,7 @@ from memlayer.errors import MemlayerError, PluginError
 from memlayer.plugins import DISTRIBUTION, Plugins, default_plugins
 from memlayer.registry import Source
 from memlayer_cli.bank import bank
+from memlayer_cli.bench import bench
 from memlayer_cli.evaluate import evaluate
 from memlayer_cli.generate import generate
 from memlayer_cli.inspect import inspect
@@ -41,6 +42,7 @@ def build_app() -> typer.Typer:
     app.command()(generate)
     app.command()(inspect)
     app.command()(plugins)
+    app.command()(bench)
     return app
 
 

@@ -57,7 +57,7 @@ def imported_by(result: subprocess.CompletedProcess) -> set[str]:
 def test_help_lists_the_commands_and_imports_nothing_heavy():
     result = memlayer_process("--help", python=("-X", "importtime"))
     assert result.returncode == 0
-    for command in ("train", "eval", "memorize", "bank", "generate", "inspect", "plugins"):
+    for command in ("train", "eval", "memorize", "bank", "generate", "inspect", "plugins", "bench"):
         assert command in result.stdout
     assert not imported_by(result) & HEAVY
 
@@ -75,6 +75,7 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
         ["generate"],
         ["inspect"],
         ["plugins"],
+        ["bench"],
     ],
     ids=" ".join,
 )

@@ -71,9 +71,8 @@ class UsearchBackend(BufferedBackend):
         for lane in range(self.lanes) if lanes is None else lanes:
             self._graphs[lane] = None
 
-    def load(self, directory):
-        """Read any backend's vectors; graphs are made when they are searched."""
-        super().load(directory)
+    def rebuild(self):
+        """Forget the graphs of other vectors; new ones are made when they are searched."""
         self._graphs = [None] * self.lanes
 
 
