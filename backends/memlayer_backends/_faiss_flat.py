@@ -8,6 +8,7 @@ indexes cannot do and which shifts the ids of the others.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,11 +18,6 @@ from memlayer_backends.buffered import BufferedBackend
 
 class FaissFlatBackend(BufferedBackend):
     """Exact search with faiss, lane by lane."""
-
-    @property
-    def exact(self) -> bool:
-        """Always."""
-        return True
 
     @abstractmethod
     def _nearest(self, queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -38,23 +34,46 @@ class FaissFlatBackend(BufferedBackend):
 
     def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Search one lane after the other."""
+        return self._search_exactly(queries, k, range(self.lanes))
+
+    def _search_exactly(
+        self, queries: Tensor, k: int, lanes: Iterable[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Search some of the lanes; the results of the others are ``-inf`` and -1.
+
+        Args:
+            queries: ``(self.lanes, q, dim)``, as for `search_keys`.
+            k: as for `search_keys`.
+            lanes: those to search.
+
+        Returns:
+            Scores and ids, ``(self.lanes, q, k)``.
+        """
         shape = (self.lanes, queries.shape[1], k)
         scores = queries.new_full(shape, -torch.inf)
-        slots = torch.zeros(shape, dtype=torch.int64, device=queries.device)
-        for lane in range(self.lanes):
+        slots = torch.full(shape, -1, device=queries.device)
+        for lane in lanes:
             best, where = self._search_lane(lane, queries[lane], k)
             scores[lane, :, : best.shape[1]] = best
             slots[lane, :, : best.shape[1]] = where
-        return scores, self.buffer.occupancy().ids(slots)
+        missing = slots < 0
+        ids = self.buffer.occupancy().ids(slots)
+        return scores.masked_fill_(missing, -torch.inf), ids.masked_fill_(missing, -1)
 
     def _search_lane(self, lane: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         keys = self.buffer.keys[lane]
-        scores, slots = [queries.new_empty(len(queries), 0)], []
+        found = []
         for start, stop in self.buffer.pieces(lane):
             best, where = self._nearest(queries, keys[start:stop], min(k, stop - start))
-            scores.append(best.masked_fill(where < 0, -torch.inf))
-            slots.append(where + start)
-        if len(slots) < 2:
-            return scores[-1], slots[-1] if slots else scores[-1].long()
-        best, where = torch.cat(scores, 1).topk(min(k, int(self.buffer.counts[lane])))
-        return best, torch.cat(slots, 1).gather(1, where)
+            found.append(
+                (best, where.add_(start).masked_fill_(where < start, -1) if start else where)
+            )
+        if not found:
+            nothing = queries.new_empty(len(queries), 0)
+            return nothing, nothing.long()
+        if len(found) == 1:
+            return found[0]
+        slots = torch.cat([where for _, where in found], 1)
+        scores = torch.cat([best for best, _ in found], 1).masked_fill_(slots < 0, -torch.inf)
+        best, which = scores.topk(min(k, int(self.buffer.counts[lane])))
+        return best, slots.gather(1, which)

@@ -61,6 +61,11 @@ class FaissGpuBackend(FaissFlatBackend):
                 "model there or use backend 'faiss'"
             )
 
+    @property
+    def exact(self) -> bool:
+        """Always."""
+        return True
+
     @classmethod
     def unavailable_reason(cls) -> str | None:
         """Say what is missing and how to get it, or give None."""

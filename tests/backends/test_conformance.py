@@ -25,6 +25,12 @@ class TestFaiss(BackendConformance):
     backend = "faiss"
 
 
+class TestFaissInLists(BackendConformance):
+    backend = "faiss"
+    backend_options: ClassVar[dict[str, Any]] = {"index": "ivf", "exact_below": 1}
+    minimum_recall = 0.95
+
+
 class TestFaissGpu(BackendConformance):
     backend = "faiss-gpu"
     device = "cuda"

@@ -8,10 +8,11 @@ from typing import Any
 from memlayer import RetrievalBackend
 from memlayer.plugins import default_plugins
 from memlayer.testing import BackendConformance
-from memlayer_backends.auto import AutoOptions
-from memlayer_backends.faiss_gpu import FaissGpuOptions
-from memlayer_backends.hnswlib_graph import HnswlibOptions
-from memlayer_backends.torch_exact import TorchOptions
+from memlayer_backends.auto import AutoBackend
+from memlayer_backends.faiss_cpu import FaissBackend
+from memlayer_backends.faiss_gpu import FaissGpuBackend
+from memlayer_backends.hnswlib_graph import HnswlibBackend
+from memlayer_backends.torch_exact import TorchBackend
 
 PAGE = Path(__file__).parents[2].joinpath("docs", "backends.md").read_text(encoding="utf-8")
 
@@ -44,14 +45,20 @@ def test_every_backend_has_its_row() -> None:
 
 
 def test_every_option_has_its_row_and_default() -> None:
-    table = PAGE.partition("## Options")[2].partition("## What")[0]
-    rows = dict(re.findall(r"^\|[^|]*\| `([a-z_]+)` \| ([^|]*) \|", table, re.MULTILINE))
+    table = PAGE.partition("## Options")[2].partition("## How")[0]
+    rows: dict[tuple[str, str], str] = {}
+    backend = ""
+    for name, option, default in re.findall(
+        r"^\|(?: `([a-z-]+)`)? \| `([a-z_]+)` \| ([^|]*) \|", table, re.MULTILINE
+    ):
+        backend = name or backend
+        rows[backend, option] = default
     options = {
-        item.name: item.default
-        for kind in (TorchOptions, FaissGpuOptions, HnswlibOptions, AutoOptions)
-        for item in fields(kind)
+        (backend.name, item.name): item.default
+        for backend in (TorchBackend, FaissBackend, FaissGpuBackend, HnswlibBackend, AutoBackend)
+        for item in fields(backend.options_type)
     }
     assert set(rows) == set(options)
-    for name, default in options.items():
+    for place, default in options.items():
         if default is not None:
-            assert rows[name] == str(default).lower()
+            assert rows[place] == str(default).lower()
