@@ -8,7 +8,7 @@ from typing import Any
 from memlayer import RetrievalBackend
 from memlayer.plugins import default_plugins
 from memlayer.testing import BackendConformance
-from memlayer_backends.auto import AutoBackend
+from memlayer_backends.auto import AutoBackend, AutoOptions
 from memlayer_backends.faiss_cpu import FaissBackend
 from memlayer_backends.faiss_gpu import FaissGpuBackend
 from memlayer_backends.hnswlib_graph import HnswlibBackend
@@ -53,10 +53,12 @@ def test_every_option_has_its_row_and_default() -> None:
     ):
         backend = name or backend
         rows[backend, option] = default
+    kinds = {
+        backend.name: backend.options_type
+        for backend in (TorchBackend, FaissBackend, FaissGpuBackend, HnswlibBackend)
+    } | {AutoBackend.name: AutoOptions}
     options = {
-        (backend.name, item.name): item.default
-        for backend in (TorchBackend, FaissBackend, FaissGpuBackend, HnswlibBackend, AutoBackend)
-        for item in fields(backend.options_type)
+        (name, item.name): item.default for name, kind in kinds.items() for item in fields(kind)
     }
     assert set(rows) == set(options)
     for place, default in options.items():
