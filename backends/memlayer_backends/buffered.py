@@ -6,6 +6,7 @@ A backend that keeps its vectors in a `KeyBuffer` only has to search them: it su
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from memlayer.errors import BackendUnavailableError, ShapeError
 from memlayer.retrieval import RetrievalBackend, SearchResult
@@ -107,26 +109,26 @@ class BufferedBackend(RetrievalBackend):
         """Find the ``k`` largest inner products, as the contract says."""
         check_vectors("queries", queries, lanes=self.lanes, dim=self.dim, device=self.device)
         check_whole_number("k", k, minimum=1)
-        shape = (self.lanes, queries.shape[1], k)
-        scores = torch.full(shape, -torch.inf, device=queries.device)
-        ids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
         found = min(k, int(self.buffer.counts.max()))
-        if found and queries.shape[1]:
-            kept = self.buffer.keys.device
-            # A copy of every query is small beside its scores, and lets one that is not finite
-            # find nothing in every backend alike.
-            vectors = queries.to(kept, torch.float32)
+        if not found or not queries.shape[1]:
+            scores = queries.new_empty(self.lanes, queries.shape[1], 0, dtype=torch.float32)
+            return _padded(scores, scores.long(), k)
+        kept = self.buffer.keys.device
+        vectors = queries.to(kept, torch.float32).contiguous()
+        # Asking a GPU would make it wait; the CPU knows at once that there is nothing to mask.
+        finite = None
+        if kept.type != "cpu" or not math.isfinite(vectors.abs().max()):
             finite = torch.isfinite(vectors).all(-1, keepdim=True)
-            vectors = vectors.masked_fill(~finite, 0.0).contiguous()
-            with full_precision(kept):
-                found_scores, found_ids = self.search_keys(vectors, found)
-            # Products beyond float32: a search that sorts NaN and infinity at all puts them first.
-            found_scores = found_scores.nan_to_num(LARGEST, LARGEST, -torch.inf)
-            found_scores = found_scores.masked_fill(~finite, -torch.inf)
-            found_ids = found_ids.masked_fill(found_scores == -torch.inf, -1)
-            scores[..., :found] = found_scores
-            ids[..., :found] = found_ids
-        return SearchResult(scores=scores, ids=ids)
+            # So one that is not finite finds nothing in every backend alike.
+            vectors = vectors.masked_fill(~finite, 0.0)
+        with full_precision(kept):
+            scores, ids = self.search_keys(vectors, found)
+        # Products beyond float32: a search that sorts NaN and infinity at all puts them first.
+        scores = scores.nan_to_num(LARGEST, LARGEST, -torch.inf)
+        if finite is not None:
+            scores = scores.masked_fill(~finite, -torch.inf)
+        ids = ids.masked_fill(scores == -torch.inf, -1)
+        return _padded(scores.to(queries.device), ids.to(queries.device), k)
 
     def remove_oldest(self, n: int, lanes: Sequence[int] | None = None) -> None:
         """Drop the oldest vectors, as the contract says."""
@@ -185,3 +187,12 @@ class BufferedBackend(RetrievalBackend):
 
     def rebuild(self) -> None:
         """Build anew whatever is searched beside the buffer, whose contents were replaced."""
+
+
+def _padded(scores: Tensor, ids: Tensor, k: int) -> SearchResult:
+    """Fill results of fewer than ``k`` vectors up with what stands for nothing."""
+    if scores.shape[2] < k:
+        missing = (0, k - scores.shape[2])
+        scores = pad(scores, missing, value=-torch.inf)
+        ids = pad(ids, missing, value=-1)
+    return SearchResult(scores=scores, ids=ids)

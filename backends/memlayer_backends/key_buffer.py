@@ -131,7 +131,7 @@ class KeyBuffer:
     def replace(self, keys: Tensor, counts: Tensor, first_ids: Tensor) -> None:
         """Hold exactly these vectors, in the order that `live` gives for all lanes."""
         lanes, _, dim = self.keys.shape
-        capacity = _whole_groups(int(counts.max()))
+        capacity = whole_groups(int(counts.max()))
         device = self.keys.device
         self.keys = _allocate(lanes, capacity, dim, device)
         rows, positions = _rows_and_positions(counts)
@@ -163,12 +163,14 @@ class KeyBuffer:
         return self._occupancy
 
     def _look(self) -> Occupancy:
-        n_slots = _whole_groups(int(self._sizes.max()))
-        sizes = self._sizes.clamp(min=1)
-        start, stop = self._free_range(n_slots)
+        n_slots = whole_groups(int(self._sizes.max()))
+        begins, ends = self._free_runs(n_slots)
+        some = begins < ends
+        # No further than needed: to look at every slot would cost as much as one query does.
+        start = int(begins[some].min()) if some.any() else 0
+        stop = int(ends[some].max()) if some.any() else 0
         slots = torch.arange(start, stop)
-        offsets = (slots - self._starts[:, None]) % sizes[:, None]
-        free = (offsets >= self.counts[:, None]) | (slots >= self._sizes[:, None])
+        free = ((slots >= begins[..., None]) & (slots < ends[..., None])).any(0)
         device = self.keys.device
         return Occupancy(
             n_slots=n_slots,
@@ -176,31 +178,19 @@ class KeyBuffer:
             free_start=start,
             free_stop=stop,
             starts=self._starts.to(device, copy=True),
-            sizes=sizes.to(device, copy=True),
+            sizes=self._sizes.clamp(min=1).to(device),
             first_ids=self.first_ids.to(device, copy=True),
             counts=self.counts.to(device, copy=True),
         )
 
-    def _free_range(self, n_slots: int) -> tuple[int, int]:
-        """Give the first slot free in any lane, and one past the last; (0, 0) where none is.
-
-        From where the vectors of each lane begin and end: to look at every slot would make the
-        first search after a write as long as the lanes are.
-        """
-        first, last = n_slots, 0
-        rings = (self._starts.tolist(), self.counts.tolist(), self._sizes.tolist())
-        for start, count, size in zip(*rings, strict=True):
-            end = start + count
-            if count == size:
-                free = []
-            elif end > size:
-                free = [(end - size, start)]
-            else:
-                free = [(0, start), (end, size)]
-            for begin, stop in [*free, (size, n_slots)]:
-                if begin < stop:
-                    first, last = min(first, begin), max(last, stop)
-        return (first, last) if last else (0, 0)
+    def _free_runs(self, n_slots: int) -> tuple[Tensor, Tensor]:
+        """Give where the two runs of free slots of each lane begin and end, ``(2, lanes)`` each."""
+        ends = self._starts + self.counts
+        wrapped = ends > self._sizes
+        return (
+            torch.stack([torch.where(wrapped, ends - self._sizes, 0), ends.minimum(self._sizes)]),
+            torch.stack([self._starts, torch.full_like(ends, n_slots)]),
+        )
 
     def _make_room(self, lanes: Tensor, needed: Tensor) -> None:
         sizes = self._sizes[lanes]
@@ -217,7 +207,7 @@ class KeyBuffer:
         lanes, capacity, dim = self.keys.shape
         if size <= capacity:
             return
-        larger = _allocate(lanes, _whole_groups(max(size, 2 * capacity)), dim, self.keys.device)
+        larger = _allocate(lanes, whole_groups(max(size, 2 * capacity)), dim, self.keys.device)
         used = int(self._sizes.max())
         larger[:, :used] = self.keys[:, :used]
         self.keys = larger
@@ -247,7 +237,8 @@ def _allocate_zeros(lanes: int) -> Tensor:
         return torch.zeros(lanes, dtype=torch.int64)
 
 
-def _whole_groups(size: int) -> int:
+def whole_groups(size: int) -> int:
+    """Round up to a multiple of `GROUP`."""
     return -(-size // GROUP) * GROUP
 
 

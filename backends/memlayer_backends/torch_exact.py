@@ -1,4 +1,4 @@
-"""Exact search in PyTorch: one batched product over all lanes, on the CPU or a GPU."""
+"""Exact search in PyTorch, on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ import torch
 from torch import Tensor
 
 from memlayer_backends._checks import check_whole_number
+from memlayer_backends.blocked_search import Block, BlockedSearch, block_memory
 from memlayer_backends.buffered import BufferedBackend
-from memlayer_backends.key_buffer import GROUP
+from memlayer_backends.key_buffer import whole_groups
+
+CPU_MEGABYTES = 16
+GPU_MEGABYTES = 512
+
+ROWS = 256
+"""Queries of a block on a CPU. Fewer make products slower; more leave room for less of a lane."""
+
+SLOTS = 8192
+"""Slots of a lane that a block on a CPU has room for at least, however small it is."""
+
+STEP = 2**19
+"""Scores, 2 MiB, of one product on a CPU: their maxima are taken while they are in its cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +30,8 @@ class TorchOptions:
     """Options of the ``torch`` backend."""
 
     block_megabytes: int | None = None
-    """Scores held at a time, in MiB, though never less than one query of every lane. None: 32 on
-    the CPU, about its cache, and 512 on a GPU."""
+    """Scores held at a time, in MiB, though on a GPU never less than one query's of every lane.
+    None: 16 on the CPU, about its cache, and 512 on a GPU."""
 
     def __post_init__(self) -> None:
         if self.block_megabytes is not None:
@@ -46,57 +59,34 @@ class TorchBackend(BufferedBackend):
         return True
 
     def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Search all lanes at once, a block of queries after the other."""
+        """Search all lanes at once on a GPU, and what fits in the cache at once on a CPU."""
         occupancy = self.buffer.occupancy()
-        n_slots = occupancy.n_slots
-        keys = self.buffer.keys[:, :n_slots].transpose(1, 2)  # (lanes, dim, N)
-        per_query = self.lanes * n_slots
-        block = min(max(1, self._block_bytes() // (4 * per_query)), queries.shape[1])
-        # Reused: fresh pages for every block take longer than the product itself.
-        memory = torch.empty(block * per_query, device=keys.device)
-        scores, slots = [], []
-        for some in torch.split(queries, block, dim=1):
-            shape = (self.lanes, some.shape[1], n_slots)
-            products = memory[: some.shape[1] * per_query].view(shape)
-            torch.bmm(some, keys, out=products)
-            products[..., occupancy.free_start : occupancy.free_stop].masked_fill_(
-                occupancy.free[:, None], -torch.inf
-            )
-            best, where = top_k(products, k)
-            scores.append(best)
-            slots.append(where)
-        return torch.cat(scores, 1), occupancy.ids(torch.cat(slots, 1))
-
-    def _block_bytes(self) -> int:
-        default = 32 if self.device.type == "cpu" else 512
-        return (self.options.block_megabytes or default) * 2**20
+        choose = _cpu_block if self.device.type == "cpu" else _gpu_block
+        block = choose(
+            self.lanes, queries.shape[1], occupancy.n_slots, self.options.block_megabytes
+        )
+        memory = torch.empty(block_memory(block), device=queries.device)
+        search = BlockedSearch(
+            keys=self.buffer.keys, occupancy=occupancy, block=block, memory=memory
+        )
+        scores, slots = search.best(queries, k)
+        return scores, occupancy.ids(slots)
 
 
-def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the ``k`` largest scores and their positions, largest first.
-
-    Where the row is long, in two stages: the maximum of every group of 64, then only the groups
-    with the ``k`` largest maxima. That is exact: a score outside of them is at most its own
-    group's maximum, so at least ``k`` others are as large.
-
-    Args:
-        scores: ``(lanes, q, N)``, contiguous, N a multiple of 64.
-        k: at most N.
-
-    Returns:
-        Scores and positions, ``(lanes, q, k)``.
-    """
-    n_groups = scores.shape[-1] // GROUP
-    if n_groups < 8 * k:
-        return _topk(scores, k)
-    groups = scores.view(*scores.shape[:-1], n_groups, GROUP)
-    best_groups = groups.amax(-1).topk(k, sorted=False).indices  # (lanes, q, k)
-    within = best_groups[..., None].expand(*best_groups.shape, GROUP)
-    values, chosen = _topk(groups.gather(2, within).flatten(2), k)
-    positions = best_groups.gather(2, chosen // GROUP) * GROUP + chosen % GROUP
-    return values, positions
+def _cpu_block(lanes: int, queries: int, slots: int, megabytes: int | None) -> Block:
+    fit = (megabytes or CPU_MEGABYTES) * 2**18  # scores
+    queries = min(queries, ROWS, fit // SLOTS)
+    # A few queries less if that spares cutting the lane, which doubles the work behind products.
+    if fit >= slots * (ROWS // 2):
+        queries = min(queries, fit // slots)
+    slots = whole_groups(-(-slots // -(-queries * slots // fit)))
+    # Little work in many steps would be mostly Python: a quarter of what fits, in one product.
+    lanes = min(lanes, max(1, fit // 4 // (queries * slots)))
+    step = slots if lanes > 1 else whole_groups(STEP * torch.get_num_threads() // queries)
+    return Block(lanes=lanes, queries=queries, slots=slots, step=step)
 
 
-def _topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, positions = scores.topk(k)
-    return values, positions
+def _gpu_block(lanes: int, queries: int, slots: int, megabytes: int | None) -> Block:
+    fit = (megabytes or GPU_MEGABYTES) * 2**18
+    queries = min(queries, max(1, fit // (lanes * slots)))
+    return Block(lanes=lanes, queries=queries, slots=slots, step=slots)

@@ -2,35 +2,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from memlayer_backends.torch_exact import TorchBackend, top_k
+from memlayer_backends.torch_exact import TorchBackend
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("n", [64, 640, 6400])
-@pytest.mark.parametrize("k", [1, 5, 64])
-def test_two_stages_find_what_one_finds(n: int, k: int) -> None:
-    scores = random(2, 7, n)
-    values, positions = top_k(scores, k)
-    expected = scores.topk(k)
-    assert torch.equal(values, expected.values)
-    assert torch.equal(positions, expected.indices)
-
-
-def test_two_stages_are_exact_where_the_best_scores_share_a_group() -> None:
-    scores = random(1, 1, 6400)
-    scores[..., 640:648] += 100.0
-    assert torch.equal(top_k(scores, 8)[1], scores.topk(8).indices)
-
-
-def test_two_stages_are_exact_among_equal_scores_and_padding() -> None:
-    scores = torch.full((1, 2, 6400), -torch.inf)
-    scores[..., 5000:5003] = 1.0
-    values, positions = top_k(scores, 4)
-    assert values.tolist() == [[[1.0, 1.0, 1.0, -torch.inf]] * 2]
-    assert positions[..., :3].sort().values.tolist() == [[[5000, 5001, 5002]] * 2]
 
 
 def test_block_size_changes_no_result() -> None:
