@@ -82,6 +82,7 @@ class FaissBackend(FaissFlatBackend):
     name = "faiss"
     options_type = FaissOptions
     keeps_keys_on_cpu = True
+    worth_measuring = ({}, {"index": "ivf"})
 
     options: FaissOptions
 
