@@ -8,7 +8,11 @@ of every four tokens, before any rotary embedding, and queries of the heads that
 key/value head, from the text that follows the last key: what a memory is asked while it is read.
 
     keys     (lanes, tokens / 4, dim)  float16, as read
-    queries  (lanes, queries, dim)     float16, positions and heads of the group in turn
+    queries  (lanes, queries, dim)     float16; the first half drawn from the batch of windows that
+                                       follows, all heads of the group, the second from the next
+
+An engine may learn from what it is asked. So let it learn from the first half, and measure it with
+the second, which is later text.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from memlayer.decoders import describe, find_parts
 from memlayer.plugins import default_plugins
 
 CHUNK = 4
+PASSAGES = 2
 
 
 def texts(path: Path) -> Iterator[str]:
@@ -105,7 +110,8 @@ def main() -> None:
     recorder = Recorder(decoder, arguments.layers)
     # What lies above the last layer is not needed.
     decoder.model.layers = decoder.model.layers[: max(arguments.layers) + 1]
-    keys, held, began = [], 0, time.perf_counter()
+    keys, asked, held, began = [], [], 0, time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
     stream = windows(
         arguments.data, loaded.tokenizer, length=arguments.window, batch=arguments.batch
     )
@@ -113,7 +119,12 @@ def main() -> None:
         decoder.model(input_ids=ids, use_cache=False)
         new, queries = recorder.take()
         if held >= arguments.tokens:
-            break
+            # Drawn, and not every n-th: that would be one head of the group for long.
+            drawn = torch.randperm(queries.shape[1], generator=generator)
+            asked.append(queries[: arguments.lanes, drawn[: arguments.queries // PASSAGES]].half())
+            if len(asked) == PASSAGES:
+                break
+            continue
         chunks = new[: arguments.lanes].float().unflatten(1, (-1, CHUNK)).mean(2)
         keys.append(chunks.half())
         held += ids.numel()
@@ -121,11 +132,10 @@ def main() -> None:
             print(f"{held} tokens, {time.perf_counter() - began:.0f} s", flush=True)
     else:
         parser.error(f"{arguments.data} has {held} tokens, fewer than asked for; lower --tokens")
-    spread = torch.linspace(0, queries.shape[1] - 1, arguments.queries).long()
     save_file(
         {
             "keys": torch.cat(keys, dim=1)[:, : arguments.tokens // CHUNK].contiguous(),
-            "queries": queries[: arguments.lanes, spread].half().contiguous(),
+            "queries": torch.cat(asked, dim=1),
         },
         arguments.output,
         metadata={"layers": str(arguments.layers), "backbone": arguments.backbone},

@@ -41,9 +41,6 @@ PIECE = 256
 
 FLOOR_BYTES = 8 * 2**20
 
-RECALL_QUERIES = 1024
-"""Queries a lane that recall is measured with, however many are timed."""
-
 
 @dataclass(frozen=True)
 class Side:
@@ -139,8 +136,8 @@ def loop_side(keys: Tensor) -> Side:
     return Side("loop of torch products", search, None, 0.0)
 
 
-def backend_side(spec: str, keys: Tensor, queries: Tensor, seconds: float) -> Side | str:
-    """Fill one of our backends, or say why it is not there."""
+def backend_side(spec: str, keys: Tensor, asked: Tensor, seconds: float) -> Side | str:
+    """Fill one of our backends and ask it, or say why it is not there."""
     name, options = parse_spec(spec)
     registry = default_plugins().backends
     reason = registry.unavailable_reason(name)
@@ -149,7 +146,6 @@ def backend_side(spec: str, keys: Tensor, queries: Tensor, seconds: float) -> Si
     lanes, n, dim = keys.shape
     backend: Any = registry.get(name)
     index = backend(lanes=lanes, dim=dim, device=str(keys.device), **options)
-    asked = queries[:, :RECALL_QUERIES].contiguous()
     began = time.perf_counter()
     for start in range(0, n, PIECE):
         index.add(keys[:, start : start + PIECE])
@@ -197,13 +193,15 @@ def measure_size(arguments: argparse.Namespace, tokens: int) -> list[dict[str, A
         n = tokens // arguments.chunk_size
         keys = file.get_slice("keys")[: arguments.lanes, :n].float().to(arguments.device)
         queries = file.get_slice("queries")[: arguments.lanes].float().to(arguments.device)
+    # What engines learn from, and what all are measured with: a later passage.
+    learnt, queries = queries.chunk(2, dim=1)
     if keys.shape[1] < n:
         raise SystemExit(f"{arguments.pairs} holds {keys.shape[1]} vectors a lane, {n} needed")
     paper = paper_side(keys)
     sides = [floor_side(keys), paper if isinstance(paper, Side) else loop_side(keys)]
     notes = {} if isinstance(paper, Side) else {"paper": paper}
     for spec in arguments.backends:
-        side = backend_side(spec, keys, queries, arguments.max_build)
+        side = backend_side(spec, keys, learnt.contiguous(), arguments.max_build)
         if isinstance(side, str):
             notes[spec] = side
             print(f"{tokens} tokens: {spec} left out: {side}", flush=True)
@@ -218,7 +216,7 @@ def measure_size(arguments: argparse.Namespace, tokens: int) -> list[dict[str, A
         "threads": arguments.threads,
         "notes": notes,
     }
-    recalls = measure_recalls(sides, keys, queries[:, :RECALL_QUERIES].contiguous(), arguments.k)
+    recalls = measure_recalls(sides, keys, queries.contiguous(), arguments.k)
     records = []
     for q in arguments.queries:
         measured = measure_queries(sides, queries[:, :q].contiguous(), arguments)

@@ -38,7 +38,7 @@ def default_n_probe(n_lists: int) -> int:
 
     Fitted to SmolLM2's reading of novels, 4,096 to 262,144 vectors in lists by `default_n_lists`.
     """
-    return 24 + n_lists // 32
+    return 24 + n_lists // 24
 
 
 class LaneLists:

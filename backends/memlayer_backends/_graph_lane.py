@@ -24,6 +24,7 @@ added: by each token of each query head, while one vector is that of a whole chu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,8 @@ class HnswlibOptions:
     ef_construction: int = 100
     """Candidates looked at when a vector is added."""
 
-    ef_search: int = 128
-    """Candidates looked at by a search, at least ``k`` in any case."""
+    ef_search: int | None = None
+    """Candidates looked at by a search, at least ``k`` in any case. None: `default_ef_search`."""
 
     exact_below: int = 2048
     """Vectors in a lane from which on a graph is begun; it serves from twice as many on, at the
@@ -59,8 +60,18 @@ class HnswlibOptions:
 
     def __post_init__(self) -> None:
         for item in fields(self):
+            if item.name == "ef_search" and self.ef_search is None:
+                continue
             minimum = 2 if item.name == "m" else 1
             check_whole_number(item.name, getattr(self, item.name), minimum=minimum)
+
+
+def default_ef_search(count: int) -> int:
+    """Give the candidates to look at for a recall of 0.95, with ``k`` 16, of ``count`` vectors.
+
+    Fitted to SmolLM2's reading of novels, 4,096 to 262,144 vectors, the other options as they are.
+    """
+    return max(128, 7 * math.isqrt(count) // 5)
 
 
 class GraphLane:
@@ -237,7 +248,8 @@ class Graph:
     def search(self, queries: Tensor, k: int, *, threads: int) -> Tensor | None:
         """Give ids ``(q, k)``, or None where a query does not reach ``k`` vectors."""
         vectors = self._space.lifted_queries(queries).numpy()
-        self._index.set_ef(max(self._ef_search, k))
+        candidates = self._ef_search or default_ef_search(len(self) - self.removed)
+        self._index.set_ef(max(candidates, k))
         try:
             labels, _ = self._index.knn_query(vectors, k, num_threads=threads)
         except RuntimeError as error:

@@ -206,7 +206,7 @@ def test_lists_in_the_metric_of_the_queries_find_more() -> None:
 
 def test_defaults_grow_with_the_lane() -> None:
     assert [default_n_lists(count) for count in (1, 9, 4096, 262_144)] == [1, 9, 256, 2048]
-    assert [default_n_probe(n_lists) for n_lists in (256, 1024, 2048)] == [32, 56, 88]
+    assert [default_n_probe(n_lists) for n_lists in (256, 1024, 2048)] == [34, 66, 109]
 
 
 def test_what_is_saved_holds_no_lists_and_is_read_by_any_backend(tmp_path: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memlayer import BackendUnavailableError, ConfigError
-from memlayer_backends._graph_lane import Graph
+from memlayer_backends._graph_lane import Graph, default_ef_search
 from memlayer_backends.hnswlib_graph import HnswlibBackend
 from memlayer_backends.torch_exact import TorchBackend
 
@@ -196,3 +196,8 @@ def test_an_option_below_its_minimum_is_refused(option: str, minimum: int) -> No
     message = f"{option} must be a whole number, at least {minimum}, got {minimum - 1}"
     with pytest.raises(ConfigError, match=message):
         HnswlibBackend(lanes=1, dim=1, **{option: minimum - 1})
+
+
+def test_more_vectors_have_more_candidates_looked_at() -> None:
+    counts = (1000, 16_384, 262_144)
+    assert [default_ef_search(count) for count in counts] == [128, 179, 716]

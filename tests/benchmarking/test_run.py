@@ -131,7 +131,9 @@ def test_what_is_built_when_it_is_asked_counts_as_adding(plugins, monkeypatch) -
     monkeypatch.setattr("time.perf_counter", lambda: Clock.now)
     wanted = options("plain", tokens=(256,), budget=1000.0)
     (item,) = run_benchmark(wanted, plugins=plugins).table.measurements
-    assert (item.add, item.append) == pytest.approx((1.0, 1.0), rel=1e-3)  # 128 s over 2 x 64 vectors
+    assert (item.add, item.append) == pytest.approx(
+        (1.0, 1.0), rel=1e-3
+    )  # 128 s over 2 x 64 vectors
     assert [time.seconds for time in item.search] == pytest.approx([0.01, 0.01])
 
 
