@@ -25,6 +25,9 @@ ResultT = TypeVar("ResultT")
 EXACT_SCORES = 2**22
 """Scores held at a time by a search without a graph."""
 
+FEW = 16
+"""Queries or insertions in a lane up to which starting threads takes longer than they save."""
+
 LONG_BUILD = 100_000
 """Vectors from which on building graphs in one go is worth a line in the log."""
 
@@ -100,14 +103,16 @@ class HnswlibBackend(BufferedBackend):
             found = min(k, counts[lane])
             return self._graphs[lane].search(queries[lane], found, threads=inside)
 
-        results = dict(zip(with_graph, _for_each(search_graph, with_graph), strict=True))
+        threads = _threads_for(queries.shape[1])
+        found = _for_each(search_graph, with_graph, threads)
+        results = dict(zip(with_graph, found, strict=True))
         for lane, count in enumerate(counts):
             if count:
-                found = min(k, count)
+                n = min(k, count)
                 result = results.get(lane)
                 if result is None:
-                    result = self._search_exactly(lane, queries[lane], found)
-                ids[lane, :, :found] = result
+                    result = self._search_exactly(lane, queries[lane], n)
+                ids[lane, :, :n] = result
         return ids
 
     def _search_exactly(self, lane: int, queries: Tensor, k: int) -> Tensor:
@@ -128,12 +133,22 @@ class HnswlibBackend(BufferedBackend):
         def follow(lane: int) -> None:
             self._graphs[lane].follow(self.buffer, lane, self._moments, n_queries)
 
-        _for_each(follow, range(self.lanes))
+        ends = (self.buffer.first_ids + self.buffer.counts).tolist()
+        new = sum(
+            end - (graph.current.next_id if graph.current else 0)
+            for end, graph in zip(ends, self._graphs, strict=True)
+        )
+        _for_each(follow, range(self.lanes), _threads_for(n_queries + new // self.lanes))
 
 
-def _for_each(work: Callable[[int], ResultT], lanes: Sequence[int]) -> list[ResultT]:
+def _threads_for(per_lane: int) -> int:
+    """Give the threads worth starting for so many queries or insertions in each lane."""
+    return torch.get_num_threads() if per_lane > FEW else 1
+
+
+def _for_each(work: Callable[[int], ResultT], lanes: Sequence[int], threads: int) -> list[ResultT]:
     """Give ``work`` of each lane; hnswlib leaves Python's lock alone, so threads do help."""
-    threads = min(torch.get_num_threads(), len(lanes))
+    threads = min(threads, len(lanes))
     if threads <= 1:
         return [work(lane) for lane in lanes]
     # Made anew each time: threads that are kept would be missing in a forked process.
