@@ -71,7 +71,7 @@ def default_ef_search(count: int) -> int:
 
     Fitted to SmolLM2's reading of novels, 4,096 to 262,144 vectors, the other options as they are.
     """
-    return max(128, 7 * math.isqrt(count) // 5)
+    return max(128, 8 * math.isqrt(count) // 5)
 
 
 class GraphLane:
