@@ -95,6 +95,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--train-characters", type=int, default=82_000, help="of each book")
     parser.add_argument("--train-eval-tokens", type=int, default=2048, help="for the curves")
     parser.add_argument("--memory-layers", type=int, nargs="+", default=[14, 16, 18, 20, 22])
+    parser.add_argument("--reduction", type=int, default=memory.layer_reduction_factor)
     parser.add_argument("--side-init", default=memory.side_init)
     parser.add_argument("--memory-size", type=int, default=65_536)
     parser.add_argument("--top-k", type=int, default=64)
@@ -138,6 +139,7 @@ def adapt(
         top_k=arguments.top_k,
         chunk_size=arguments.chunk_size,
         memory_layers=tuple(arguments.memory_layers),
+        layer_reduction_factor=arguments.reduction,
         segment_length=arguments.segment_length,
         side_init=arguments.side_init,
     )

@@ -42,9 +42,28 @@ _LARGEST_CONFIG = 2**20
 _WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def save_adapter(model: LongMemModel, directory: Path) -> None:
-    """Write a model's side network into a directory, which is made if need be."""
-    weights = dump_tensors(_side_weights(model))
+def save_adapter(
+    model: LongMemModel, directory: Path, *, dtype: torch.dtype | str | None = None
+) -> None:
+    """Write a model's side network into a directory, which is made if need be.
+
+    Args:
+        model: its owner.
+        directory: where to.
+        dtype: of matrices in the file; None leaves them as they are.
+
+    Raises:
+        ConfigError: if the dtype is unknown.
+    """
+    from memlayer.backbones import parse_dtype
+
+    tensors = _side_weights(model)
+    if dtype is not None:
+        narrow = parse_dtype(dtype)
+        tensors = {
+            name: value.to(narrow) if value.dim() > 1 else value for name, value in tensors.items()
+        }
+    weights = dump_tensors(tensors)
     config = {
         "format_version": FORMAT_VERSION,
         "memlayer_version": __version__,

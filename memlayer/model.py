@@ -399,9 +399,17 @@ class LongMemModel(nn.Module, MemoryGeneration):
             f"trainable%: {100 * trainable / total:.4f}"
         )
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the side network: adapter_config.json, adapter_model.safetensors, README.md."""
-        checkpoint.save_adapter(self, Path(directory))
+    def save_pretrained(
+        self, directory: str | Path, *, dtype: torch.dtype | str | None = None
+    ) -> None:
+        """Write the side network: adapter_config.json, adapter_model.safetensors, README.md.
+
+        Args:
+            directory: made if need be.
+            dtype: of the matrices on disk, also ``"bf16"`` and the like; norms, biases and gates
+                stay as they are. None: all as they are. `load` gives float32 again.
+        """
+        checkpoint.save_adapter(self, Path(directory), dtype=dtype)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None

@@ -54,6 +54,24 @@ def test_only_the_side_network_is_saved(saved):
     )
 
 
+def test_matrices_can_be_saved_in_half_width(saved, tmp_path):
+    model, whole, place = saved
+    model.save_pretrained(tmp_path / "half", dtype="bf16")
+    sizes = [
+        (folder / "adapter_model.safetensors").stat().st_size
+        for folder in (tmp_path / "half", whole)
+    ]
+    assert sizes[0] < 0.65 * sizes[1]
+    loaded = memlayer.load(tmp_path / "half", backbone=memlayer.load_backbone(str(place)).model)
+    before, after = (dict(one.side_network.named_parameters()) for one in (model, loaded))
+    for name, weight in after.items():
+        rounded = before[name].bfloat16().float() if weight.dim() > 1 else before[name]
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, rounded), name
+    with pytest.raises(ConfigError, match="dtype must be one of"):
+        model.save_pretrained(tmp_path / "half", dtype="bf17")
+
+
 @torch.no_grad()
 def test_settings_can_be_changed_on_loading(saved):
     _, directory, _ = saved

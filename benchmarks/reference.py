@@ -1,0 +1,208 @@
+"""Train the reference side network and what it is compared with, all on the same tokens.
+
+    python benchmarks/reference.py --data FOLDER --output RUN --device cuda --dtype bf16
+
+FOLDER is laid out as books/books_train.jsonl.gz, technical/..., code/...; RUN gets one folder a
+condition, and summary.json:
+
+    memory    the side network, reading its memory: what is published
+    control   the same side network, memory switched off throughout
+    lora      the backbone with LoRA (peft) of about as many trainable weights, no memory
+
+RUN/memory and RUN/control also hold the weights in bfloat16, in a folder ``half``. A condition that
+is there already is left out, so that the command can be given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import memlayer
+from memlayer.data import Document, load_documents, tokenize_documents
+from memlayer.training import TrainingOptions, train
+
+if TYPE_CHECKING:
+    from memlayer.backbones import Backbone
+
+DOMAINS = ("books", "technical", "code")
+
+
+def main() -> None:
+    """Parse, train every condition, write."""
+    arguments = parse(sys.argv[1:])
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    summary = output / "summary.json"
+    done: dict[str, Any] = json.loads(summary.read_text()) if summary.exists() else {}
+    # A small one on a GPU, so that what it wrote down is kept in half width there too.
+    backbone = memlayer.load_backbone(
+        arguments.backbone, dtype=arguments.dtype, device=arguments.device
+    )
+    documents = {
+        split: read_documents(Path(arguments.data), split, arguments)
+        for split in ("train", "validation")
+    }
+    for condition in arguments.conditions:
+        if condition in done:
+            continue
+        began = time.perf_counter()
+        make = train_lora_control if condition == "lora" else train_side_network
+        result = make(arguments, backbone, documents, output / condition)
+        done[condition] = {
+            **result,
+            "wall_seconds": time.perf_counter() - began,
+            "device": device_name(arguments.device),
+            "arguments": vars(arguments),
+        }
+        summary.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps({condition: result}))
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    defaults = TrainingOptions()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--backbone", default="smollm2-135m")
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
+    conditions = ["memory", "control", "lora"]
+    parser.add_argument("--conditions", nargs="+", default=conditions, choices=conditions)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--characters", type=int, default=240_000, help="of each document")
+
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--segment-length", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--gate-learning-rate", type=float, default=2e-2)
+    parser.add_argument("--lora-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=float, default=defaults.warmup)
+    parser.add_argument("--eval-tokens", type=int, default=16_384)
+
+    parser.add_argument("--memory-layers", type=int, nargs="+", default=[14, 18, 20])
+    parser.add_argument("--reduction", type=int, default=5)
+    parser.add_argument("--memory-size", type=int, default=16_384)
+    parser.add_argument("--top-k", type=int, default=64)
+    parser.add_argument("--chunk-size", type=int, default=1)
+    return parser.parse_args(words)
+
+
+def read_documents(folder: Path, split: str, arguments: argparse.Namespace) -> list[Document]:
+    """Give the beginnings of all documents of one split."""
+    return [
+        replace(document, text=document.text[: arguments.characters])
+        for domain in DOMAINS
+        for document in load_documents(
+            [str(folder / domain / f"{domain}_{split}.jsonl.gz")], split="all"
+        )
+    ]
+
+
+def training_options(arguments: argparse.Namespace) -> TrainingOptions:
+    """Give what all conditions have in common."""
+    return TrainingOptions(
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        gate_learning_rate=arguments.gate_learning_rate,
+        warmup=arguments.warmup,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+        eval_every=None,
+        eval_tokens=arguments.eval_tokens,
+        save_every=None,
+    )
+
+
+def memory_config(arguments: argparse.Namespace) -> memlayer.LongMemConfig:
+    """Give the side network's settings."""
+    return memlayer.LongMemConfig(
+        backend=arguments.backend,
+        memory_size=arguments.memory_size,
+        top_k=arguments.top_k,
+        chunk_size=arguments.chunk_size,
+        memory_layers=tuple(arguments.memory_layers),
+        layer_reduction_factor=arguments.reduction,
+        segment_length=arguments.segment_length,
+    )
+
+
+def train_side_network(
+    arguments: argparse.Namespace,
+    backbone: Backbone,
+    documents: dict[str, list[Document]],
+    output: Path,
+) -> dict[str, Any]:
+    """Train a side network; the one called ``control`` with its memory switched off."""
+    model = memlayer.wrap(backbone.model, memory_config(arguments))
+    with model.disable_memory() if output.name == "control" else nullcontext():
+        result = train(
+            model,
+            backbone.tokenizer,
+            documents["train"],
+            documents["validation"],
+            training_options(arguments),
+            output=output,
+        )
+    model.save_pretrained(output / "half", dtype="bf16")
+    trainable = sum(weight.numel() for weight in model.trainable_parameters())
+    gates = [torch.sigmoid(gate).tolist() for gate in model.side_network.gates]
+    return {**result.to_dict(), "trainable": trainable, "gates": gates}
+
+
+def train_lora_control(
+    arguments: argparse.Namespace,
+    backbone: Backbone,
+    documents: dict[str, list[Document]],
+    output: Path,
+) -> dict[str, Any]:
+    """Train LoRA of about as many weights as the side network has."""
+    from lora import lora_model, train_lora, trainable
+
+    wrapped = memlayer.wrap(backbone.model, memory_config(arguments))
+    model = lora_model(
+        backbone.model, sum(w.numel() for w in wrapped.trainable_parameters()), arguments.seed
+    )
+    losses: list[tuple[int, float]] = []
+    began = time.perf_counter()
+    tokens = train_lora(
+        model.train(),
+        tokenize_documents(documents["train"], backbone.tokenizer),
+        training_options(arguments),
+        segment_length=arguments.segment_length,
+        learning_rate=arguments.lora_learning_rate,
+        log=lambda step, loss: losses.append((step, loss)),
+    )
+    seconds = time.perf_counter() - began
+    model.save_pretrained(str(output))
+    return {
+        "steps": arguments.steps,
+        "tokens": tokens,
+        "seconds": seconds,
+        "losses": losses,
+        "trainable": sum(weight.numel() for weight in trainable(model)),
+    }
+
+
+def device_name(device: str) -> str:
+    """Say what the run was on."""
+    return torch.cuda.get_device_name() if device.startswith("cuda") else device
+
+
+if __name__ == "__main__":
+    main()
