@@ -21,6 +21,13 @@ class TestTorchInSmallBlocks(BackendConformance):
     backend_options: ClassVar[dict[str, Any]] = {"block_megabytes": 1}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+class TestTorchOnAGpu(BackendConformance):
+    backend = "torch"
+    device = "cuda"
+
+
 class TestFaiss(BackendConformance):
     backend = "faiss"
 
