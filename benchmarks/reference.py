@@ -9,7 +9,7 @@ condition, and summary.json:
     control   the same side network, memory switched off throughout
     lora      the backbone with LoRA (peft) of about as many trainable weights, no memory
 
-RUN/memory and RUN/control also hold the weights in bfloat16, in a folder ``half``. A condition that
+RUN/memory and RUN/control also hold the weights in 8 bits, in a folder ``small``. A condition that
 is there already is left out, so that the command can be given again.
 """
 
@@ -159,7 +159,7 @@ def train_side_network(
             training_options(arguments),
             output=output,
         )
-    model.save_pretrained(output / "half", dtype="bf16")
+    model.save_pretrained(output / "small", dtype="int8")
     trainable = sum(weight.numel() for weight in model.trainable_parameters())
     gates = [torch.sigmoid(gate).tolist() for gate in model.side_network.gates]
     return {**result.to_dict(), "trainable": trainable, "gates": gates}

@@ -26,6 +26,7 @@ from memlayer import __version__
 from memlayer.config import LongMemConfig
 from memlayer.errors import CheckpointError, ConfigError
 from memlayer.json_fields import read_json_object
+from memlayer.narrow_weights import narrow, widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,15 +56,7 @@ def save_adapter(
     Raises:
         ConfigError: if the dtype is unknown.
     """
-    from memlayer.backbones import parse_dtype
-
-    tensors = _side_weights(model)
-    if dtype is not None:
-        narrow = parse_dtype(dtype)
-        tensors = {
-            name: value.to(narrow) if value.dim() > 1 else value for name, value in tensors.items()
-        }
-    weights = dump_tensors(tensors)
+    weights = dump_tensors(narrow(_side_weights(model), dtype))
     config = {
         "format_version": FORMAT_VERSION,
         "memlayer_version": __version__,
@@ -87,7 +80,7 @@ def load_adapter(model: LongMemModel, directory: Path) -> None:
     """
     config = read_config(directory)
     check_backbone(model.backbone, config, directory)
-    weights = _read_weights(directory, config)
+    weights = widen(_read_weights(directory, config))
     own = _side_weights(model)
     wrong = sorted(
         set(own.keys() ^ weights.keys())

@@ -406,8 +406,12 @@ class LongMemModel(nn.Module, MemoryGeneration):
 
         Args:
             directory: made if need be.
-            dtype: of the matrices on disk, also ``"bf16"`` and the like; norms, biases and gates
-                stay as they are. None: all as they are. `load` gives float32 again.
+            dtype: of the matrices on disk, also ``"bf16"`` and the like, or ``"int8"`` for 8 bits
+                and a scale a row; norms, biases and gates stay as they are. None: all as they
+                are. `load` gives float32 again.
+
+        Raises:
+            ConfigError: if the dtype is unknown.
         """
         checkpoint.save_adapter(self, Path(directory), dtype=dtype)
 

@@ -72,6 +72,41 @@ def test_matrices_can_be_saved_in_half_width(saved, tmp_path):
         model.save_pretrained(tmp_path / "half", dtype="bf17")
 
 
+def test_matrices_can_be_saved_in_eight_bits(saved, tmp_path):
+    model, whole, place = saved
+    model.save_pretrained(tmp_path / "small", dtype="int8")
+    sizes = [
+        (folder / "adapter_model.safetensors").stat().st_size
+        for folder in (tmp_path / "small", whole)
+    ]
+    assert sizes[0] < 0.55 * sizes[1]  # tiny rows: names and scales weigh
+    loaded = memlayer.load(tmp_path / "small", backbone=memlayer.load_backbone(str(place)).model)
+    before, after = (dict(one.side_network.named_parameters()) for one in (model, loaded))
+    for name, weight in after.items():
+        if weight.dim() > 1:
+            step = before[name].abs().amax(1, keepdim=True) / 127
+            assert ((weight - before[name]).abs() <= 0.5 * step + 1e-7).all(), name
+            assert (weight != before[name]).any(), name
+        else:
+            assert torch.equal(weight, before[name]), name
+
+
+def test_eight_bits_without_their_scales_are_refused(saved, tmp_path):
+    model, _, place = saved
+    model.save_pretrained(tmp_path / "small", dtype="int8")
+    path = tmp_path / "small" / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(name for name, weight in weights.items() if weight.dtype == torch.int8)
+    del weights[f"{name}.scale"]
+    save_file(weights, path)
+    config = tmp_path / "small" / "adapter_config.json"
+    content = json.loads(config.read_text())
+    content["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    config.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"is damaged: .* got torch.int8"):
+        memlayer.load(tmp_path / "small", backbone=memlayer.load_backbone(str(place)).model)
+
+
 @torch.no_grad()
 def test_settings_can_be_changed_on_loading(saved):
     _, directory, _ = saved
