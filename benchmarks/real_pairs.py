@@ -103,9 +103,10 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
 
-    loaded = memlayer.load_backbone(arguments.backbone)
+    loaded = memlayer.load_backbone(arguments.backbone, device=arguments.device)
     decoder = loaded.model.to(getattr(torch, arguments.dtype)).eval()
     recorder = Recorder(decoder, arguments.layers)
     # What lies above the last layer is not needed.
@@ -116,8 +117,8 @@ def main() -> None:
         arguments.data, loaded.tokenizer, length=arguments.window, batch=arguments.batch
     )
     for ids in stream:
-        decoder.model(input_ids=ids, use_cache=False)
-        new, queries = recorder.take()
+        decoder.model(input_ids=ids.to(arguments.device), use_cache=False)
+        new, queries = (part.cpu() for part in recorder.take())
         if held >= arguments.tokens:
             # Drawn, and not every n-th: that would be one head of the group for long.
             drawn = torch.randperm(queries.shape[1], generator=generator)
