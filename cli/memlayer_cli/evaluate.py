@@ -94,6 +94,14 @@ def perplexity(
         bool,
         typer.Option("--no-memory", help="Leave memory out.", rich_help_panel=_WINDOW_PANEL),
     ] = False,
+    foreign_memory: Annotated[
+        bool,
+        typer.Option(
+            "--foreign-memory",
+            help="Also read the next document's memory, which ought not to help.",
+            rich_help_panel=_WINDOW_PANEL,
+        ),
+    ] = OPTIONS.foreign_memory,
     segment_length: Annotated[
         int | None,
         typer.Option(
@@ -153,6 +161,7 @@ def perplexity(
         stride=stride,
         fresh=fresh,
         memory_sizes=() if no_memory else memory_size,
+        foreign_memory=foreign_memory,
         dense_context=dense_context,
         dense_stride=dense_stride,
     )

@@ -37,6 +37,10 @@ class PerplexityOptions:
     """Tokens that memory holds, each size a condition. None: the checkpoint's ``memory_size``.
     Empty: no memory."""
 
+    foreign_memory: bool = False
+    """Also read the memory of another document, the next one: as many tokens as the own memory
+    holds at the same place. What it gains is not this document's past."""
+
     dense_context: int | None = None
     """Tokens of context for the bare backbone, the bound to aim at. None: not measured."""
 
@@ -54,7 +58,7 @@ class PerplexityOptions:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name in ("fresh", "memory_sizes") or value is None:
+            if item.name in ("fresh", "foreign_memory", "memory_sizes") or value is None:
                 continue
             _check_count(item.name, value, 0 if item.name == "seed" else 1)
         if self.memory_sizes is not None:

@@ -5,6 +5,7 @@ Every condition scores the same tokens: all of every document but its first.
     backbone       the frozen backbone in the window
     no_memory      the side network, its memory off
     memory_<size>  the side network with that many tokens of memory, empty at each document's start
+    foreign_memory the side network with the largest memory, which holds the next document instead
     dense          the frozen backbone with far more context: the bound
 """
 
@@ -24,7 +25,7 @@ from memlayer.decoders import describe, find_parts
 from memlayer.errors import ConfigError, DataError, ShapeError, UnsupportedModelError
 from memlayer.evaluation.options import PerplexityOptions, Windowing
 from memlayer.evaluation.results import PerplexityResult, WindowReport
-from memlayer.evaluation.scoring import backbone_losses, model_losses
+from memlayer.evaluation.scoring import FOREIGN, Foreign, backbone_losses, model_losses
 from memlayer.evaluation.summary import Losses, summarise
 from memlayer.evaluation.windows import windows
 from memlayer.model import LongMemModel
@@ -78,6 +79,7 @@ def evaluate_perplexity(
             **asdict(evaluation.windowing),
             "fresh": options.fresh,
             "memory_sizes": list(evaluation.sizes.values()),
+            "foreign_memory": options.foreign_memory,
             "resamples": options.resamples,
             "seed": options.seed,
         },
@@ -125,6 +127,11 @@ class _Evaluation:
                     f"memory_sizes need a model with a side network, got {list(sizes)} and a "
                     "backbone alone; evaluate a checkpoint"
                 )
+        if options.foreign_memory and (not sizes or len(documents) < 2):
+            raise ConfigError(
+                f"foreign_memory needs a memory and at least two documents, got memory_sizes="
+                f"{list(sizes or ())} and {len(documents)} documents; leave it out"
+            )
         return cls(
             model=model,
             documents=documents,
@@ -230,11 +237,19 @@ class _Evaluation:
         by_condition: dict[str, list[Tensor]] = {
             name: [] for name in ("backbone", "no_memory", *memories)
         }
+        if self.options.foreign_memory:
+            by_condition[FOREIGN] = []
+            other_memory = model.new_memory(self.sizes[self.headline])
         held = []
-        for document in self.documents:
+        for index, document in enumerate(self.documents):
             read = self._distinct(memories, len(document.input_ids) - 1)
+            foreign = None
+            if self.options.foreign_memory:
+                other = self.documents[(index + 1) % len(self.documents)]
+                other_memory.clear()
+                foreign = Foreign(other.input_ids, other_memory)
             scored, most_held = model_losses(
-                model, document.input_ids, memories=read, **cut, advance=advance
+                model, document.input_ids, memories=read, foreign=foreign, **cut, advance=advance
             )
             for name, losses in by_condition.items():
                 losses.append(scored.get(name, scored[self.headline]))

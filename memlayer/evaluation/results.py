@@ -79,11 +79,12 @@ class WindowReport:
 
     Attributes:
         stride: tokens between the starts of two windows; the segment length for fresh segments.
-        conditions: scores by name: ``backbone``, ``no_memory``, ``memory_<size>``, ``dense``.
+        conditions: scores by name: ``backbone``, ``no_memory``, ``memory_<size>``,
+            ``foreign_memory``, ``dense``.
         per_document: in the order given.
         by_position: bins along the window.
-        intervals: of each condition against the backbone and of each memory against ``no_memory``,
-            by every method.
+        intervals: of each condition against the backbone, of each memory against ``no_memory``, and
+            of the largest against ``foreign_memory``, by every method.
     """
 
     stride: int

@@ -3,6 +3,7 @@
     window ─► encode, once ─┬─► backbone's logits ───────────────► losses
                             ├─► side network, no memory ─────────► losses
                             ├─► side network, memory of M tokens ► losses, for each M
+                            ├─► side network, another's memory ──► losses
                             └─► keys, values of newly read tokens ─► wait until they left the window
                                                                      └─► every memory
 
@@ -15,6 +16,7 @@ append the segment.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from memlayer.model import LongMemModel
 
 Advance = Callable[[int], None]
+
+FOREIGN = "foreign_memory"
 
 # Rows of float32 logits at a time: 256 x 152k vocabulary are 150 MiB.
 _ROWS_AT_ONCE = 256
@@ -70,6 +74,7 @@ def model_losses(
     input_ids: Tensor,
     *,
     memories: Mapping[str, MemoryBank],
+    foreign: Foreign | None = None,
     segment_length: int,
     stride: int,
     advance: Advance,
@@ -80,20 +85,31 @@ def model_losses(
         model: wrapped backbone; its own memory is neither read nor written.
         input_ids: ``(n,)``, int64, n at least 2.
         memories: empty banks by the condition's name. They hold the document afterwards.
+        foreign: another document and an empty bank for it: the condition ``foreign_memory``.
         segment_length: tokens of a window.
         stride: tokens between the starts of two windows.
         advance: called with the tokens that each window has read.
 
     Returns:
-        Losses ``(n - 1,)``, float32, on the CPU, by condition: ``backbone``, ``no_memory`` and the
-        names of ``memories``. And the most tokens that a memory held when it was read.
+        Losses ``(n - 1,)``, float32, on the CPU, by condition: ``backbone``, ``no_memory``, the
+        names of ``memories``, and ``foreign_memory`` if it is asked for. And the most tokens that
+        a memory held when it was read.
     """
     positions = len(input_ids) - 1
     losses = {name: torch.empty(positions) for name in ("backbone", "no_memory", *memories)}
     pending = PendingMemory(list(memories.values()))
+    read = dict(memories)
+    if foreign is not None:
+        losses[FOREIGN] = torch.empty(positions)
+        read[FOREIGN] = foreign.memory
+        others = PendingMemory([foreign.memory])
+        repeats = -(-positions // len(foreign.input_ids))
+        other_ids = foreign.input_ids.repeat(repeats)
     held = 0
     for window in windows(positions, segment_length, stride):
         pending.write_before(window.start)
+        if foreign is not None:
+            others.write_before(window.start)
         held = max([held, *(len(memory) for memory in memories.values())])
         inputs = input_ids[window.start : window.end].unsqueeze(0).to(model.device)
         states = model.encode(inputs)
@@ -103,12 +119,29 @@ def model_losses(
         losses["backbone"][scored] = _token_losses(logits, input_ids, window)
         logits = model.read(states, None, logits_to_keep=kept)
         losses["no_memory"][scored] = _token_losses(logits, input_ids, window)
-        for name, memory in memories.items():
+        for name, memory in read.items():
             logits = model.read(states, memory, logits_to_keep=kept)
             losses[name][scored] = _token_losses(logits, input_ids, window)
         pending.push(_last(states.keys, kept), _last(states.values, kept))
+        if foreign is not None:
+            inputs = other_ids[window.start : window.end].unsqueeze(0).to(model.device)
+            states = model.encode(inputs)
+            others.push(_last(states.keys, kept), _last(states.values, kept))
         advance(window.end - window.start)
     return losses, held
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Another document's past, which ought not to help.
+
+    Attributes:
+        input_ids: ``(n,)``, int64; read again from the start where it is too short.
+        memory: an empty bank for it.
+    """
+
+    input_ids: Tensor
+    memory: MemoryBank
 
 
 class PendingMemory:

@@ -18,6 +18,7 @@ from memlayer.evaluation.results import (
     WindowReport,
     recovery,
 )
+from memlayer.evaluation.scoring import FOREIGN
 from memlayer.evaluation.statistics import Interval, Method, paired_interval
 from memlayer.evaluation.windows import places_in_window
 
@@ -142,6 +143,8 @@ def _by_position(losses: Losses) -> Iterator[PositionScore]:
 
 def _intervals(losses: Losses, resamples: int, seed: int) -> Iterator[Interval]:
     pairs = [(name, "no_memory") for name in losses.sizes]
+    if FOREIGN in losses.by_condition:
+        pairs += [(FOREIGN, "no_memory"), (list(losses.sizes)[-1], FOREIGN)]
     pairs += [(name, "backbone") for name in losses.by_condition if name != "backbone"]
     block = SEGMENTS_PER_BLOCK * losses.segment_length
     for condition, against in pairs:

@@ -275,6 +275,23 @@ def test_memory_that_is_never_read_is_noted(
     assert evaluate_perplexity(model, documents, options(memory_sizes=())).notes == ()
 
 
+def test_foreign_memory_is_compared_with_the_own_and_with_none(
+    model: LongMemModel, make_document: MakeDocument
+) -> None:
+    twins = [make_document(61, name=name) for name in "ab"]
+    result = evaluate_perplexity(model, twins, options(foreign_memory=True, memory_sizes=(8, 256)))
+    conditions = result.overall.conditions
+    assert conditions["foreign_memory"].loss == conditions["memory_256"].loss
+    assert result.overall.interval("memory_256", "foreign_memory", "documents-t").difference == 0
+    against_none = result.overall.interval("foreign_memory", "no_memory", "documents-t")
+    assert against_none.difference == pytest.approx(
+        conditions["memory_256"].loss - conditions["no_memory"].loss
+    )
+    different = [make_document(61, name=name, seed=seed) for seed, name in enumerate("ab")]
+    result = evaluate_perplexity(model, different, options(foreign_memory=True))
+    assert result.overall.interval("memory_256", "foreign_memory", "documents-t").difference != 0
+
+
 def test_the_json_has_the_same_keys_whatever_was_asked(
     model: LongMemModel, backbone: PreTrainedModel, documents: list[TokenDocument]
 ) -> None:
@@ -340,6 +357,13 @@ def test_sizes_that_do_not_fit_are_refused_with_what_would(
     assert message(memory_sizes=(6,)).startswith("memory_size must be a multiple of chunk_size=4")
     assert message(stride=0) == "stride must be at least 1, got 0"
     assert message(segment_length=1.5) == "segment_length must be a whole number, got 1.5"
+    assert message(foreign_memory=True, memory_sizes=()) == (
+        "foreign_memory needs a memory and at least two documents, got memory_sizes=[] and 4 "
+        "documents; leave it out"
+    )
+    assert bad(
+        lambda: evaluate_perplexity(model, documents[:1], options(foreign_memory=True))
+    ).endswith("got memory_sizes=[256] and 1 documents; leave it out")
     assert bad(lambda: evaluate_perplexity(backbone, documents, options(memory_sizes=(64,)))) == (
         "memory_sizes need a model with a side network, got [64] and a backbone alone; evaluate "
         "a checkpoint"

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from memlayer.data import TokenDocument
-from memlayer.evaluation.scoring import backbone_losses, model_losses
+from memlayer.evaluation.scoring import FOREIGN, Foreign, backbone_losses, model_losses
 from memlayer.evaluation.windows import windows
 from memlayer.memory import MemoryBank
 from memlayer.model import LongMemModel
@@ -132,6 +132,51 @@ def test_memory_losses_are_those_of_a_memory_rebuilt_for_every_window(
             expected[position] = loss_of_last(logits[None, : place + 1], ids[position + 1])
     losses = score(model, ids, stride, sizes=(size,))
     torch.testing.assert_close(losses[f"memory_{size}"], expected)
+
+
+@pytest.mark.parametrize("stride", [16, 7])
+@pytest.mark.parametrize("tokens", [61, 20])
+def test_a_foreign_memory_holds_as_much_of_another_document(
+    model: LongMemModel, make_document: MakeDocument, stride: int, tokens: int
+) -> None:
+    ids, other = make_document(61).input_ids, make_document(tokens, seed=1).input_ids
+
+    def losses_beside(foreign: Tensor) -> dict[str, Tensor]:
+        losses, _ = model_losses(
+            model,
+            ids,
+            memories={"memory_256": model.new_memory()},
+            foreign=Foreign(foreign, model.new_memory()),
+            segment_length=LENGTH,
+            stride=stride,
+            advance=ignore,
+        )
+        return losses
+
+    own = losses_beside(ids)
+    assert torch.equal(own[FOREIGN], own["memory_256"])
+    # Read by the plain definition: each window over the other document's tokens before its start.
+    read_again = other.repeat(4)[: len(ids)]
+    whole = losses_beside(other)
+    pieces: list[tuple[list[Tensor], list[Tensor]]] = []
+    expected = torch.empty(len(ids) - 1)
+    for window in windows(len(ids) - 1, LENGTH, stride):
+        memory = model.new_memory()
+        for keys, values in pieces[: window.start]:
+            memory.write(keys, values)
+        logits = model.read(model.encode(ids[window.start : window.end].unsqueeze(0)), memory)[0]
+        states = model.encode(read_again[window.start : window.end].unsqueeze(0))
+        for position in range(window.score_from, window.end):
+            place = position - window.start
+            pieces.append(
+                (
+                    [key[:, :, place : place + 1] for key in states.keys],
+                    [value[:, :, place : place + 1] for value in states.values],
+                )
+            )
+            expected[position] = loss_of_last(logits[None, : place + 1], ids[position + 1])
+    torch.testing.assert_close(whole[FOREIGN], expected)
+    assert not torch.equal(whole[FOREIGN], whole["memory_256"])
 
 
 @pytest.mark.parametrize("stride", [16, 7])
