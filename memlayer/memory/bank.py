@@ -84,7 +84,8 @@ class MemoryBank:
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.dtype = dtype
-        self.device = torch.device(device)
+        # With its number: tensors on "cuda" say that they are on "cuda:0".
+        self.device = torch.empty(0, device=device).device
         self.shared = shared
         self.identity = identity
         self.tokenizer: str | None

@@ -313,6 +313,7 @@ def test_a_device_without_a_table_is_searched_by_torch_and_that_is_said() -> Non
 
 @pytest.mark.gpu
 def test_on_a_gpu_what_keeps_its_vectors_on_the_cpu_is_passed_over(use_table) -> None:
+    pytest.importorskip("faiss")
     use_table(measured(TORCH, 100, 2.0), measured(FAISS, 100, 1.0))
     backend = AutoBackend(lanes=1, dim=4, device="cuda")
     assert backend.choice == "torch"

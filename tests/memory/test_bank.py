@@ -21,7 +21,9 @@ def make_bank(*, backend="torch", capacity=48, chunk_size=4, top_k=8, num_layers
         num_layers=num_layers,
         num_key_value_heads=HEADS,
         head_dim=DIM,
-        make_index=lambda lanes: cls(lanes=lanes, dim=DIM, device="cpu"),
+        make_index=settings.pop(
+            "make_index", lambda lanes: cls(lanes=lanes, dim=DIM, device="cpu")
+        ),
         slack=settings.pop("slack", 32),
         **settings,
     )
@@ -35,6 +37,20 @@ def draw(rows, tokens, seed, heads=HEADS):
 def draw_mask(rows, tokens, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(rows, tokens, generator=generator) > 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+def test_a_bank_on_the_gpu_takes_tensors_of_the_gpu_whatever_its_name():
+    torch_backend = default_plugins().backends.get("torch")
+    for name in ("cuda", "cuda:0"):
+        bank = make_bank(
+            device=name, make_index=lambda lanes: torch_backend(lanes=lanes, dim=DIM, device="cuda")
+        )
+        keys = draw(1, 12, seed=0).cuda()
+        bank.write((keys,), (keys,))
+        found = bank.retrieve(keys, layer=0)
+        assert found.found.all()
 
 
 class PlainBank:
