@@ -40,11 +40,12 @@ class BlockedSearch:
     """A search of all lanes.
 
     Attributes:
-        keys: ``(lanes, capacity, dim)``, float32. Free slots hold anything, NaN included.
+        keys: ``(lanes, capacity, dim)``, any float dtype, in which all is computed. Free slots hold
+            anything, NaN included.
         occupancy: which slots hold vectors.
         block: how much is searched at a time.
-        memory: ``(b,)``, float32. Where the scores of a block are, one block after the other: fresh
-            pages for every block take longer than its products.
+        memory: ``(b,)``, likewise. Where the scores of a block are, one block after the other:
+            fresh pages for every block take longer than its products.
     """
 
     keys: Tensor
@@ -56,7 +57,7 @@ class BlockedSearch:
         """Give the ``k`` largest scores of ``(lanes, q, dim)``, and their slots: ``(lanes, q, k)``.
 
         Args:
-            queries: float32.
+            queries: of the dtype of the keys.
             k: at most the slots.
         """
         lanes, q, _ = queries.shape

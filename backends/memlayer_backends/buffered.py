@@ -80,7 +80,12 @@ class BufferedBackend(RetrievalBackend):
             raise BackendUnavailableError(reason)
         super().__init__(lanes=lanes, dim=dim, device=device)
         kept_on = torch.device("cpu") if self.keeps_keys_on_cpu else self.device
-        self.buffer = KeyBuffer(lanes=lanes, dim=dim, device=kept_on)
+        self.buffer = KeyBuffer(lanes=lanes, dim=dim, device=kept_on, dtype=self.storage)
+
+    @property
+    def storage(self) -> torch.dtype:
+        """What vectors are kept in: float32, unless an option says otherwise."""
+        return torch.float32
 
     @abstractmethod
     def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -100,7 +105,7 @@ class BufferedBackend(RetrievalBackend):
         chosen = select_lanes(lanes, self.lanes)
         check_vectors("keys", keys, lanes=len(chosen), dim=self.dim, device=self.device)
         # Checked as stored: float64 has finite values that float32 does not.
-        keys = keys.to(self.buffer.keys.device, torch.float32)
+        keys = keys.to(self.buffer.keys.device, self.storage)
         check_finite(keys, chosen)
         self.buffer.append(keys, chosen)
 
@@ -163,7 +168,9 @@ class BufferedBackend(RetrievalBackend):
         self.rebuild()
 
     def take_over(self, buffer: KeyBuffer) -> None:
-        """Replace the contents by another backend's vectors, under their ids and without a copy.
+        """Replace the contents by another backend's vectors, under their ids.
+
+        They are not copied, unless they are stored in another dtype.
 
         Args:
             buffer: of as many lanes and the same dim; whoever held it must not use it any more.
@@ -182,6 +189,7 @@ class BufferedBackend(RetrievalBackend):
                     f"backend {self.name!r} can take over vectors of {what} {wanted} only, got "
                     f"{got}; save and load them instead"
                 )
+        buffer.keys = buffer.keys.to(self.storage)
         self.buffer = buffer
         self.rebuild()
 

@@ -1,4 +1,4 @@
-"""The vectors behind a backend: one ring of float32 keys per lane, numbered as they come.
+"""The vectors behind a backend: one ring of keys per lane, numbered as they come.
 
     slot      0 1 2 3 4 5 6 7 | 8 9 ..    size 8: slots in use; the allocation goes on behind them
     id        8 9 . . 4 5 6 7             start 4, count 6, first_id 4
@@ -68,13 +68,16 @@ class KeyBuffer:
     """Rings of vectors, all lanes in one tensor.
 
     Attributes:
-        keys: ``(lanes, capacity, dim)``, float32. Free slots hold anything, NaN included.
+        keys: ``(lanes, capacity, dim)``, float32 or what else was asked for. Free slots hold
+            anything, NaN included.
         counts: ``(lanes,)``, int64, on the CPU. Vectors in each lane.
         first_ids: ``(lanes,)``, int64, on the CPU. Id of each lane's oldest vector.
     """
 
-    def __init__(self, *, lanes: int, dim: int, device: torch.device) -> None:
-        self.keys = _allocate(lanes, 0, dim, device)
+    def __init__(
+        self, *, lanes: int, dim: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.keys = _allocate(lanes, 0, dim, device, dtype)
         self.counts, self.first_ids, self._starts, self._sizes = (
             _allocate_zeros(lanes) for _ in range(4)
         )
@@ -89,7 +92,7 @@ class KeyBuffer:
         ends = self._starts[lanes] + self.counts[lanes]
         slots = (ends[:, None] + torch.arange(n)) % self._sizes[lanes][:, None]
         device = self.keys.device
-        self.keys[lanes[:, None].to(device), slots.to(device)] = keys
+        self.keys[lanes[:, None].to(device), slots.to(device)] = keys.to(self.keys.dtype)
         self.counts[lanes] += n
         self._occupancy = None
 
@@ -116,13 +119,13 @@ class KeyBuffer:
         rows, positions = _rows_and_positions(counts)
         slots = (self._starts[lanes][rows] + positions) % self._sizes[lanes][rows]
         device = self.keys.device
-        return self.keys[lanes[rows].to(device), slots.to(device)]
+        return self.keys[lanes[rows].to(device), slots.to(device)].float()
 
     def at(self, lane: int, ids: Tensor) -> Tensor:
-        """Copy the vectors of ids ``(n,)`` that one lane holds: ``(n, dim)``."""
+        """Copy the vectors of ids ``(n,)`` that one lane holds: ``(n, dim)``, float32."""
         ages = ids - self.first_ids[lane]
         slots = (self._starts[lane] + ages) % self._sizes[lane].clamp(min=1)
-        return self.keys[lane, slots.to(self.keys.device)]
+        return self.keys[lane, slots.to(self.keys.device)].float()
 
     def between(self, lane: int, start: int, stop: int) -> Tensor:
         """Copy the vectors of ids ``[start, stop)``, which one lane holds: ``(n, dim)``."""
@@ -133,9 +136,9 @@ class KeyBuffer:
         lanes, _, dim = self.keys.shape
         capacity = whole_groups(int(counts.max()))
         device = self.keys.device
-        self.keys = _allocate(lanes, capacity, dim, device)
+        self.keys = _allocate(lanes, capacity, dim, device, self.keys.dtype)
         rows, positions = _rows_and_positions(counts)
-        self.keys[rows.to(device), positions.to(device)] = keys.to(device)
+        self.keys[rows.to(device), positions.to(device)] = keys.to(device, self.keys.dtype)
         self.counts.copy_(counts)
         self._sizes.copy_(counts)
         self.first_ids.copy_(first_ids)
@@ -207,7 +210,8 @@ class KeyBuffer:
         lanes, capacity, dim = self.keys.shape
         if size <= capacity:
             return
-        larger = _allocate(lanes, whole_groups(max(size, 2 * capacity)), dim, self.keys.device)
+        room = whole_groups(max(size, 2 * capacity))
+        larger = _allocate(lanes, room, dim, self.keys.device, self.keys.dtype)
         used = int(self._sizes.max())
         larger[:, :used] = self.keys[:, :used]
         self.keys = larger
@@ -216,7 +220,7 @@ class KeyBuffer:
         # One lane at a time: a copy of all of them at once would double the memory in use.
         for lane in lanes.tolist():
             keys = self.live(torch.tensor([lane]))
-            self.keys[lane, : len(keys)] = keys
+            self.keys[lane, : len(keys)] = keys.to(self.keys.dtype)
             self._starts[lane] = 0
 
     def _free_empty_lanes(self) -> None:
@@ -226,10 +230,12 @@ class KeyBuffer:
         self._occupancy = None
 
 
-def _allocate(lanes: int, capacity: int, dim: int, device: torch.device) -> Tensor:
+def _allocate(
+    lanes: int, capacity: int, dim: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     # Tensors made in inference mode could never be written to outside of it.
     with torch.inference_mode(False):
-        return torch.empty(lanes, capacity, dim, dtype=torch.float32, device=device)
+        return torch.empty(lanes, capacity, dim, dtype=dtype, device=device)
 
 
 def _allocate_zeros(lanes: int) -> Tensor:

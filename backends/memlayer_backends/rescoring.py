@@ -1,7 +1,7 @@
 """Exact scores of candidates, for engines whose own scores are approximate.
 
 An engine that keeps half-width or quantised vectors, or a graph of them, finds more candidates than
-are asked for; their products with the float32 vectors of the `KeyBuffer` then decide.
+are asked for; their float32 products with the vectors of the `KeyBuffer` then decide.
 
     engine.search(queries, 2 * k) ─► ids (lanes, q, c) ─► best_of ─► scores, ids (lanes, q, k)
 """
@@ -85,7 +85,7 @@ def exact_scores(buffer: KeyBuffer, queries: Tensor, ids: Tensor) -> Tensor:
         some = queries[top : top + tall]
         for left in range(0, c, wide):
             part = rows[top : top + tall, left : left + wide]
-            gathered = vectors.index_select(0, part.flatten()).view(*part.shape, dim)
+            gathered = vectors.index_select(0, part.flatten()).view(*part.shape, dim).float()
             products = torch.bmm(some, gathered.transpose(1, 2)).squeeze(1)
             scores[top : top + tall, left : left + wide] = products
     return scores.view(lanes, q, c).masked_fill_(~held, -torch.inf)

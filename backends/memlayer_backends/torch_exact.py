@@ -1,4 +1,8 @@
-"""Exact search in PyTorch, on the CPU or a GPU."""
+"""Exact search in PyTorch, on the CPU or a GPU.
+
+With ``storage="bfloat16"`` vectors take half the memory, and products are taken in half width: they
+find more candidates than are asked for, of which float32 products with the stored vectors choose.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memlayer.errors import ConfigError
 from memlayer_backends._checks import check_whole_number
 from memlayer_backends.blocked_search import Block, BlockedSearch, block_memory
 from memlayer_backends.buffered import BufferedBackend
 from memlayer_backends.key_buffer import whole_groups
+from memlayer_backends.rescoring import best_of
 
 CPU_MEGABYTES = 16
 GPU_MEGABYTES = 512
@@ -25,6 +31,12 @@ STEP = 2**19
 """Scores, 2 MiB, of one product on a CPU: their maxima are taken while they are in its cache."""
 
 
+STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+CANDIDATES = 2
+"""Vectors looked at again in float32 for each one asked for, after products in half width."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TorchOptions:
     """Options of the ``torch`` backend."""
@@ -33,13 +45,19 @@ class TorchOptions:
     """Scores held at a time, in MiB, though on a GPU never less than one query's of every lane.
     None: 16 on the CPU, about its cache, and 512 on a GPU."""
 
+    storage: str = "float32"
+    """What vectors are kept in: ``"float32"``, or ``"bfloat16"`` for half the memory. Scores are
+    then those of the rounded vectors, and a vector near the last place may be missed."""
+
     def __post_init__(self) -> None:
+        if self.storage not in STORAGE:
+            raise ConfigError(f"storage must be 'float32' or 'bfloat16', got {self.storage!r}")
         if self.block_megabytes is not None:
             check_whole_number("block_megabytes", self.block_megabytes, minimum=1)
 
 
 class TorchBackend(BufferedBackend):
-    """Exact inner-product search, float32 whatever the dtype of keys and queries.
+    """Exact inner-product search, in float32 unless vectors are stored in less.
 
     Args:
         lanes: independent sets of vectors.
@@ -55,17 +73,29 @@ class TorchBackend(BufferedBackend):
 
     @property
     def exact(self) -> bool:
-        """Always."""
-        return True
+        """Whether vectors are kept as they come."""
+        return self.storage == torch.float32
+
+    @property
+    def storage(self) -> torch.dtype:
+        """What vectors are kept in."""
+        return STORAGE[self.options.storage]
 
     def search_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Search all lanes at once on a GPU, and what fits in the cache at once on a CPU."""
+        if self.exact:
+            return self._best(queries, k)
+        candidates = min(CANDIDATES * k, self.buffer.occupancy().n_slots)
+        scores, ids = self._best(queries.to(self.storage), candidates)
+        return best_of(self.buffer, queries, ids.masked_fill_(scores == -torch.inf, -1), k)
+
+    def _best(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         occupancy = self.buffer.occupancy()
         choose = _cpu_block if self.device.type == "cpu" else _gpu_block
         block = choose(
             self.lanes, queries.shape[1], occupancy.n_slots, self.options.block_megabytes
         )
-        memory = torch.empty(block_memory(block), device=queries.device)
+        memory = queries.new_empty(block_memory(block))
         search = BlockedSearch(
             keys=self.buffer.keys, occupancy=occupancy, block=block, memory=memory
         )

@@ -94,7 +94,10 @@ def test_a_size_below_one_is_refused(size: str) -> None:
 def test_an_unknown_option_is_named_beside_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         TorchBackend(lanes=1, dim=1, block_size=4)
-    assert str(caught.value) == "backend 'torch' has no option 'block_size'; known: block_megabytes"
+    assert (
+        str(caught.value)
+        == "backend 'torch' has no option 'block_size'; known: block_megabytes, storage"
+    )
 
 
 def test_an_option_of_a_wrong_value_is_refused() -> None:

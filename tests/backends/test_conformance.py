@@ -21,6 +21,14 @@ class TestTorchInSmallBlocks(BackendConformance):
     backend_options: ClassVar[dict[str, Any]] = {"block_megabytes": 1}
 
 
+class TestTorchInHalfWidth(BackendConformance):
+    backend = "torch"
+    backend_options: ClassVar[dict[str, Any]] = {"storage": "bfloat16"}
+    minimum_recall = 0.95
+    keeps_float32 = False
+    score_tolerance = 2**-5  # eight bits a number, and sums that nearly cancel
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 class TestTorchOnAGpu(BackendConformance):

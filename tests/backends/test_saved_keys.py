@@ -56,7 +56,7 @@ def test_the_file_says_what_wrote_it(tmp_path: Path) -> None:
     assert header == {
         "format_version": 1,
         "backend": "torch",
-        "options": {"block_megabytes": None},
+        "options": {"block_megabytes": None, "storage": "float32"},
         "lanes": 2,
         "dim": 4,
     }

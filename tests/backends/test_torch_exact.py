@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from memlayer.errors import ConfigError, ShapeError
 from memlayer_backends.torch_exact import TorchBackend
 
 
@@ -107,3 +108,51 @@ def test_a_gpu_finds_what_the_cpu_finds() -> None:
         backend.remove_oldest(700)
         results.append(backend.search(queries.to(device), 16))
     torch.testing.assert_close(results[1].scores.cpu(), results[0].scores, rtol=1e-4, atol=1e-4)
+
+
+def half(**options) -> TorchBackend:
+    return TorchBackend(lanes=3, dim=32, storage="bfloat16", **options)
+
+
+def test_half_width_takes_half_the_memory_and_says_that_it_is_not_exact() -> None:
+    keys = random(3, 640, 32)
+    whole, narrow = TorchBackend(lanes=3, dim=32), half()
+    for backend in (whole, narrow):
+        backend.add(keys)
+    assert (whole.exact, narrow.exact) == (True, False)
+    assert narrow.buffer.keys.nbytes * 2 == whole.buffer.keys.nbytes
+
+
+def test_half_width_scores_are_float32_products_of_the_rounded_keys() -> None:
+    keys, queries = random(3, 5000, 32), random(3, 70, 32, seed=1)
+    backend = half()
+    backend.add(keys)
+    result = backend.search(queries, 16)
+    rounded = keys.bfloat16().double()
+    expected = queries.double() @ rounded.transpose(1, 2)
+    torch.testing.assert_close(
+        result.scores.double(), expected.gather(2, result.ids), rtol=1e-5, atol=1e-5
+    )
+    kth = expected.topk(16).values[..., -1:]
+    assert (result.scores.double() >= kth - 1e-5).float().mean() > 0.99
+
+
+def test_half_width_keys_that_overflow_are_refused() -> None:
+    with pytest.raises(ShapeError, match="finite"):
+        half().add(torch.full((3, 1, 32), 3.4e38))
+
+
+def test_what_half_width_saved_any_width_loads(tmp_path) -> None:
+    keys, queries = random(3, 300, 32), random(3, 7, 32, seed=1)
+    narrow, whole = half(), TorchBackend(lanes=3, dim=32)
+    narrow.add(keys)
+    narrow.save(tmp_path)
+    whole.load(tmp_path)
+    torch.testing.assert_close(whole.search(queries, 5).scores, narrow.search(queries, 5).scores)
+    narrow.take_over(whole.buffer)
+    assert narrow.buffer.keys.dtype == torch.bfloat16
+
+
+def test_an_unknown_storage_is_refused() -> None:
+    with pytest.raises(ConfigError, match="storage must be 'float32' or 'bfloat16', got 'int8'"):
+        TorchBackend(lanes=1, dim=4, storage="int8")

@@ -34,6 +34,10 @@ class BackendCase:
     score_tolerance: ClassVar[float] = 1e-5
     """How far a score may be from the float64 product: this times one plus its magnitude."""
 
+    keeps_float32: ClassVar[bool] = True
+    """Whether vectors are kept as exactly as they come. False where `backend_options` ask for less
+    memory instead; `score_tolerance` then has to allow for the rounding."""
+
     random_sequences: ClassVar[int] = 40
     """Sequences of 50 random steps that are tried, the same ones in every run."""
 
