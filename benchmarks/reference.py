@@ -85,7 +85,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--characters", type=int, default=240_000, help="of each document")
 
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--segment-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
@@ -94,8 +94,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=float, default=defaults.warmup)
     parser.add_argument("--eval-tokens", type=int, default=16_384)
 
-    parser.add_argument("--memory-layers", type=int, nargs="+", default=[14, 18, 20])
-    parser.add_argument("--reduction", type=int, default=5)
+    parser.add_argument("--memory-layers", type=int, nargs="+", default=[14, 16, 20, 22])
+    parser.add_argument("--reduction", type=int, default=3)
     parser.add_argument("--memory-size", type=int, default=16_384)
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--chunk-size", type=int, default=1)

@@ -1,0 +1,213 @@
+"""Evaluate what benchmarks/reference.py trained, by domain, and print the tables.
+
+    python benchmarks/reference_report.py --data FOLDER --run RUN --split validation
+
+Every condition in RUN is scored on the same tokens of the same documents: ``memory`` with its
+memory on and off and with another document's, ``control`` without memory, ``lora`` as a plain
+backbone. RUN/evaluation gets a JSON file for each condition and domain; one that is there already
+is not made again, so that the command can be given again, or on another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import exp, log
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from reference import DOMAINS
+
+import memlayer
+from memlayer.data import load_documents, tokenize_documents
+from memlayer.evaluation import PerplexityOptions, evaluate_perplexity, first_tokens
+from memlayer.evaluation.statistics import paired_interval
+
+if TYPE_CHECKING:
+    from memlayer.backbones import Backbone
+    from memlayer.data import TokenDocument
+
+Result = dict[str, Any]
+
+
+def main() -> None:
+    """Parse, evaluate what is missing, print."""
+    arguments = parse(sys.argv[1:])
+    backbone = memlayer.load_backbone(
+        arguments.backbone, dtype=arguments.dtype, device=arguments.device
+    )
+    folder = Path(arguments.run) / "evaluation"
+    folder.mkdir(exist_ok=True)
+    results: dict[str, dict[str, Result]] = {}
+    for domain in arguments.domains:
+        documents = read_documents(arguments, domain, backbone)
+        for condition in arguments.conditions:
+            if not (Path(arguments.run) / condition).is_dir():
+                continue
+            place = folder / f"{condition}-{domain}-{name_of(arguments)}.json"
+            if not place.exists():
+                result = evaluated(arguments, backbone, condition, documents)
+                place.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            results.setdefault(domain, {})[condition] = json.loads(place.read_text())
+            print(f"{place.stem}: {perplexities(results[domain][condition])}", file=sys.stderr)
+    print("\n".join(lines_of(results)))
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--split", default="validation", choices=["validation", "test"])
+    parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
+    conditions = ["memory", "control", "lora"]
+    parser.add_argument("--conditions", nargs="+", default=conditions, choices=conditions)
+    parser.add_argument("--backbone", default="smollm2-135m")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="fp32", choices=["bf16", "fp32"])
+    parser.add_argument("--documents", type=int, default=4, help="of each domain, at most")
+    parser.add_argument("--tokens", type=int, default=4097, help="of each document, the first ones")
+    parser.add_argument("--memory-sizes", type=int, nargs="+", default=[65_536])
+    parser.add_argument("--stride", type=int, default=512, help="below 512: overlapping windows")
+    parser.add_argument("--dense-context", type=int, default=0, help="0: leave it out")
+    parser.add_argument("--dense-stride", type=int, default=0, help="0: a segment")
+    return parser.parse_args(words)
+
+
+def name_of(arguments: argparse.Namespace) -> str:
+    """Name the tokens that are scored."""
+    return f"{arguments.split}-{arguments.documents}x{arguments.tokens}-{arguments.stride}"
+
+
+def read_documents(
+    arguments: argparse.Namespace, domain: str, backbone: Backbone
+) -> list[TokenDocument]:
+    """Give the beginnings of the first documents that are at least half as long as wanted."""
+    path = Path(arguments.data) / domain / f"{domain}_{arguments.split}.jsonl.gz"
+    texts = [
+        replace(document, text=document.text[: 8 * arguments.tokens])
+        for document in load_documents([str(path)], split="all")
+    ]
+    documents = first_tokens(
+        tokenize_documents(texts, backbone.tokenizer), arguments.tokens, backbone.tokenizer
+    )
+    long = [document for document in documents if 2 * len(document.input_ids) >= arguments.tokens]
+    return long[: arguments.documents]
+
+
+def evaluated(
+    arguments: argparse.Namespace,
+    backbone: Backbone,
+    condition: str,
+    documents: list[TokenDocument],
+) -> Result:
+    """Score one condition."""
+    options = PerplexityOptions(
+        segment_length=512,
+        stride=arguments.stride,
+        fresh=False,
+        memory_sizes=arguments.memory_sizes if condition == "memory" else [],
+        foreign_memory=condition == "memory" and len(documents) > 1,
+        # A property of the backbone, so that one condition measures it for all.
+        dense_context=(arguments.dense_context or None) if condition == "memory" else None,
+        dense_stride=(arguments.dense_stride or None) if condition == "memory" else None,
+        resamples=1000,
+    )
+    folder = Path(arguments.run) / condition
+    if condition == "lora":
+        # Loading an adapter changes the backbone that it is given.
+        bare = memlayer.load_backbone(
+            arguments.backbone, dtype=arguments.dtype, device=arguments.device
+        )
+        model = PeftModel.from_pretrained(bare.model, str(folder)).merge_and_unload()
+    else:
+        model = memlayer.load(folder / "small", backbone=backbone.model, backend="torch")
+    return evaluate_perplexity(model, documents, options).to_dict()
+
+
+def perplexities(result: Result) -> dict[str, float]:
+    """Give a result's perplexities by condition."""
+    return {name: round(value["perplexity"], 4) for name, value in result["conditions"].items()}
+
+
+def lines_of(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
+    """Give a table of perplexities and one of differences with their intervals."""
+    merged = {domain: dict(conditions_of(result)) for domain, result in results.items()}
+    names = list(dict.fromkeys(name for columns in merged.values() for name in columns))
+    yield "| domain | documents | tokens | " + " | ".join(names) + " |"
+    yield "|" + " --- |" * (3 + len(names))
+    for domain, columns in merged.items():
+        some = next(iter(columns.values()))
+        tokens = sum(one for one, _ in some.values())
+        cells = [f"{pooled(columns[name]):.2f}" if name in columns else "" for name in names]
+        yield f"| {domain} | {len(some)} | {tokens} | " + " | ".join(cells) + " |"
+    yield ""
+    yield "| domain | condition | against | change of perplexity | 95 % interval over documents |"
+    yield "| --- | --- | --- | --- | --- |"
+    memory = [name for name in names if name.startswith("memory")][-1:]
+    for domain, columns in merged.items():
+        for name, against in (
+            *((name, other) for name in memory for other in names if other not in memory),
+            ("foreign memory", "memory off"),
+            ("foreign memory", "trained without memory"),
+        ):
+            if name in columns and against in columns:
+                yield f"| {domain} | {name} | {against} | {change(columns[name], columns[against])}"
+
+
+def conditions_of(results: Mapping[str, Result]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give each column's tokens and perplexity by document."""
+    for model, result in results.items():
+        for name in result["conditions"]:
+            if name == "backbone" and model == "lora":
+                shown = "LoRA"
+            elif name == "no_memory":
+                shown = "memory off" if model == "memory" else "trained without memory"
+            elif name == "backbone" and model != next(iter(results)):
+                continue
+            else:
+                shown = name.replace("_", " ")
+            yield (
+                shown,
+                {
+                    document["id"]: (document["tokens"], document["perplexity"][name])
+                    for document in result["per_document"]
+                },
+            )
+
+
+def pooled(documents: Mapping[str, tuple[int, float]]) -> float:
+    """Give the perplexity over all tokens of ``{id: (tokens, perplexity)}``."""
+    tokens = sum(count for count, _ in documents.values())
+    return exp(sum(count * log(value) for count, value in documents.values()) / tokens)
+
+
+def change(one: Mapping[str, tuple[int, float]], other: Mapping[str, tuple[int, float]]) -> str:
+    """Give the change of perplexity and its interval as the last cells of a row."""
+    counts = torch.tensor([one[name][0] for name in one], dtype=torch.float64)
+    logs = torch.tensor([log(one[name][1] / other[name][1]) for name in one], dtype=torch.float64)
+    interval = paired_interval(
+        counts * logs,
+        counts,
+        method="documents-t",
+        condition="",
+        against="",
+        resamples=1,
+        seed=0,
+    )
+    shown = [
+        "" if value is None else f"{100 * (exp(value) - 1):+.1f} %"
+        for value in (interval.difference, interval.low, interval.high)
+    ]
+    return f"{shown[0]} | {shown[1]} to {shown[2]} |"
+
+
+if __name__ == "__main__":
+    main()
