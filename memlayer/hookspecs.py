@@ -74,7 +74,7 @@ def register_adapters(register: Register) -> None:
 
 @hookspec
 def register_tasks(register: Register) -> None:
-    """Name evaluation tasks."""
+    """Name evaluation tasks: subclasses of `memlayer.evaluation.tasks.task.Task`."""
 
 
 @hookspec

@@ -67,7 +67,16 @@ def test_the_files_that_the_documentation_quotes_are_the_files():
 def test_the_plugin_of_the_documentation_is_found(example):
     listed = python(example, "-c", "from memlayer_cli.main import main; main()", "plugins")
     assert re.search(r"adapter\W+starcoder2\W+memlayer-example 1.0\W+available", listed)
+    assert re.search(r"task\W+colours\W+memlayer-example 1.0\W+available", listed)
     assert "failed" not in listed
+
+
+def test_the_task_of_the_documentation_is_a_command(example, tiny_checkpoint):
+    call = ["eval", "colours", "--backbone", str(tiny_checkpoint("llama")), "--doors", "3"]
+    main = "from memlayer_cli.main import main; main()"
+    shown = python(example, "-c", main, *call, "--no-memory")
+    assert "colours: 3 items" in shown
+    assert "Doors of the house" in python(example, "-c", main, "eval", "colours", "--help")
 
 
 def test_the_plugin_of_the_documentation_passes_its_own_tests(example):

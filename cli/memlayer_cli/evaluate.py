@@ -10,6 +10,7 @@ import typer
 from memlayer.evaluation.options import PerplexityOptions
 from memlayer_cli.json_output import STANDARD_OUTPUT, JsonOption, write_json
 from memlayer_cli.progress import progress_bar
+from memlayer_cli.tasks import TaskGroup
 from memlayer_cli.train import DEFAULT_DATA
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 OPTIONS = PerplexityOptions()
 
-evaluate = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint or a backbone.")
+evaluate = typer.Typer(
+    cls=TaskGroup, no_args_is_help=True, help="Evaluate a checkpoint or a backbone."
+)
 
 _MODEL_PANEL = "Model"
 _DATA_PANEL = "Data"

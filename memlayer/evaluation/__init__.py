@@ -9,6 +9,7 @@
     results.py     what comes out
     documents.py   beginnings of documents
     run.py         the same for names, as the command line has them
+    tasks/         questions whose answers may stand far back
 
 Nothing here is imported before it is asked for: importing this package must not import torch.
 """
@@ -32,17 +33,28 @@ if TYPE_CHECKING:
     )
     from memlayer.evaluation.run import evaluate_perplexity_from_names
     from memlayer.evaluation.statistics import Interval
+    from memlayer.evaluation.tasks.named import evaluate_task_from_names
+    from memlayer.evaluation.tasks.options import TaskOptions
+    from memlayer.evaluation.tasks.results import TaskResult
+    from memlayer.evaluation.tasks.run import evaluate_task
+    from memlayer.evaluation.tasks.task import Item, Task
 
 __all__ = [
     "ConditionScore",
     "DocumentScore",
     "Interval",
+    "Item",
     "PerplexityOptions",
     "PerplexityResult",
     "PositionScore",
+    "Task",
+    "TaskOptions",
+    "TaskResult",
     "WindowReport",
     "evaluate_perplexity",
     "evaluate_perplexity_from_names",
+    "evaluate_task",
+    "evaluate_task_from_names",
     "first_tokens",
 ]
 
@@ -50,11 +62,17 @@ _HOMES = {
     "ConditionScore": "results",
     "DocumentScore": "results",
     "Interval": "statistics",
+    "Item": "tasks.task",
     "PerplexityResult": "results",
     "PositionScore": "results",
+    "Task": "tasks.task",
+    "TaskOptions": "tasks.options",
+    "TaskResult": "tasks.results",
     "WindowReport": "results",
     "evaluate_perplexity": "perplexity",
     "evaluate_perplexity_from_names": "run",
+    "evaluate_task": "tasks.run",
+    "evaluate_task_from_names": "tasks.named",
     "first_tokens": "documents",
 }
 

@@ -55,26 +55,13 @@ def evaluate_perplexity_from_names(
             fit.
         MemlayerError: of the kind that fits whatever else is wrong with names, files or data.
     """
-    if (checkpoint is None) == (backbone is None):
-        raise ConfigError(
-            f"give either a checkpoint or a backbone, got checkpoint={checkpoint!r} and "
-            f"backbone={backbone!r}"
-        )
-    if checkpoint is None and backend is not None:
-        raise ConfigError(f"backend {backend!r} has no memory to search without a checkpoint")
+    _check_names(checkpoint, backbone, backend)
     for name, value, least in (("max_documents", max_documents, 1), ("max_tokens", max_tokens, 2)):
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     place = {"dtype": dtype, "device": choose_device(device)}
     documents = load_documents(data, split=split)[:max_documents]
-    model: Any
-    if checkpoint is None:
-        assert backbone is not None
-        loaded = load_backbone(backbone, **place)
-        model = loaded.model
-    else:
-        loaded = _backbone_of(checkpoint, place)
-        model = load(checkpoint, loaded.model, backend)
+    model, loaded = load_subject(checkpoint, backbone, backend, place)
     tokenized = tokenize_documents(documents, loaded.tokenizer)
     if max_tokens is not None:
         tokenized = first_tokens(tokenized, max_tokens, loaded.tokenizer)
@@ -90,6 +77,43 @@ def evaluate_perplexity_from_names(
         **place,
     }
     return replace(result, settings=source | dict(result.settings))
+
+
+def load_subject(
+    checkpoint: str | None, backbone: str | None, backend: str | None, place: dict[str, str]
+) -> tuple[Any, Backbone]:
+    """Load what is to be evaluated: a checkpoint with its backbone, or a backbone alone.
+
+    Args:
+        checkpoint: what `memlayer.load` takes. Either this or ``backbone``.
+        backbone: what `memlayer.load_backbone` takes.
+        backend: a retrieval backend instead of the checkpoint's.
+        place: the backbone's ``dtype`` and ``device``.
+
+    Returns:
+        The model, and the backbone as it was loaded.
+
+    Raises:
+        ConfigError: if not exactly one of checkpoint and backbone is given, or a backbone alone has
+            a backend.
+    """
+    _check_names(checkpoint, backbone, backend)
+    if checkpoint is None:
+        assert backbone is not None
+        loaded = load_backbone(backbone, **place)
+        return loaded.model, loaded
+    loaded = _backbone_of(checkpoint, place)
+    return load(checkpoint, loaded.model, backend), loaded
+
+
+def _check_names(checkpoint: str | None, backbone: str | None, backend: str | None) -> None:
+    if (checkpoint is None) == (backbone is None):
+        raise ConfigError(
+            f"give either a checkpoint or a backbone, got checkpoint={checkpoint!r} and "
+            f"backbone={backbone!r}"
+        )
+    if checkpoint is None and backend is not None:
+        raise ConfigError(f"backend {backend!r} has no memory to search without a checkpoint")
 
 
 def _backbone_of(checkpoint: str, place: dict[str, str]) -> Backbone:
