@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from memlayer.data.documents import Split
     from memlayer.evaluation.options import PerplexityOptions
     from memlayer.evaluation.results import PerplexityResult
+    from memlayer.model import LongMemModel
 
 
 def evaluate_perplexity_from_names(
@@ -102,8 +103,7 @@ def load_subject(
         assert backbone is not None
         loaded = load_backbone(backbone, **place)
         return loaded.model, loaded
-    loaded = _backbone_of(checkpoint, place)
-    return load(checkpoint, loaded.model, backend), loaded
+    return load_checkpoint(checkpoint, backend, place)
 
 
 def _check_names(checkpoint: str | None, backbone: str | None, backend: str | None) -> None:
@@ -116,6 +116,10 @@ def _check_names(checkpoint: str | None, backbone: str | None, backend: str | No
         raise ConfigError(f"backend {backend!r} has no memory to search without a checkpoint")
 
 
-def _backbone_of(checkpoint: str, place: dict[str, str]) -> Backbone:
+def load_checkpoint(
+    checkpoint: str, backend: str | None, place: dict[str, str]
+) -> tuple[LongMemModel, Backbone]:
+    """Load a checkpoint on the backbone that its configuration names, and that backbone."""
     name = read_config(find_checkpoint(checkpoint))["base_model_name_or_path"]
-    return load_backbone(str(name), **place)
+    loaded = load_backbone(str(name), **place)
+    return load(checkpoint, loaded.model, backend), loaded

@@ -87,7 +87,7 @@ class Answerer:
         rows = [choice[:0] for choice in choices[:1]] if longest == 1 else choices
         room = self.window - (longest if longest > 1 else 0)
         head, tail = prompt[: max(0, len(prompt) - room)], prompt[-room:]
-        ids, mask = _joined(tail, rows)
+        ids, mask = joined(tail, rows)
         kept = torch.arange(len(tail) - 1, len(tail) - 1 + longest)
         device = self.backbone.device
         ids, mask, kept = ids.to(device), mask.to(device), kept.to(device)
@@ -108,11 +108,11 @@ class Answerer:
                     input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept
                 ).logits
             )
-        found = {name: _likelihoods(give(), choices) for name, give in logits.items()}
+        found = {name: likelihoods(give(), choices) for name, give in logits.items()}
         if self.dense_context is not None:
             before = torch.cat([token_ids(self.tokenizer, item.memory), prompt])
             before = before[-(self.dense_context - longest) :]
-            found["dense"] = _likelihoods(self._dense_logits(before, rows, longest), choices)
+            found["dense"] = likelihoods(self._dense_logits(before, rows, longest), choices)
         return found
 
     def _reader(self, name: str, head: Tensor, rows: int) -> MemoryReader:
@@ -134,7 +134,7 @@ class Answerer:
         if before.shape[1] > 1:
             backbone(input_ids=before[:, :-1], past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(len(rows))
-        ids, mask = (part.to(backbone.device) for part in _joined(before[0, -1:].cpu(), rows))
+        ids, mask = (part.to(backbone.device) for part in joined(before[0, -1:].cpu(), rows))
         past = mask.new_ones(len(rows), before.shape[1] - 1)
         output = backbone(
             input_ids=ids, attention_mask=torch.cat([past, mask], dim=1), past_key_values=cache
@@ -181,7 +181,7 @@ class Answerer:
         return text.split("\n", 1)[0].strip()
 
 
-def _joined(prompt: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def joined(prompt: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Put each row behind the prompt: ids and mask, ``(rows, T)``, padded on the right."""
     longest = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), len(prompt) + longest, dtype=torch.int64)
@@ -193,7 +193,7 @@ def _joined(prompt: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _likelihoods(logits: Tensor, choices: Sequence[Tensor]) -> Likelihoods:
+def likelihoods(logits: Tensor, choices: Sequence[Tensor]) -> Likelihoods:
     """Score choices by logits ``(rows, longest, V)``; one row stands for all."""
     logs = torch.log_softmax(logits.float(), dim=-1).cpu()
     best = logs.argmax(dim=-1)

@@ -1,0 +1,1 @@
+"""Memlayer's models inside other projects' tools; each module needs that project installed."""
