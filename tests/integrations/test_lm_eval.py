@@ -235,14 +235,7 @@ def test_the_command_line_knows_the_model_by_its_name(model: LongMemModel, tmp_p
     )
     command = [sys.executable, "-m", "memlayer.integrations.lm_eval", "run", "--model", "memlayer"]
     arguments = f"checkpoint={tmp_path / 'run'},memory_size=512"
-    [
-        "--model_args",
-        arguments,
-        "--tasks",
-        "pages",
-        "--include_path",
-        str(tmp_path / "tasks"),
-    ]
+    task = ["--tasks", "pages", "--include_path", str(tmp_path / "tasks")]
     result = subprocess.run(
         [*command, "--model_args", arguments, *task, "--device", "cpu"],
         env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
