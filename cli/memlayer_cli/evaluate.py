@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -188,6 +189,64 @@ def perplexity(
         write_json(result.to_dict(), json)
     if json != STANDARD_OUTPUT:
         _show(result)
+
+
+@evaluate.command()
+def suite(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="paper (hours) or small (minutes).")],
+    checkpoint: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="Trained side network: a directory or a Hub id."),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Folder of data sets, laid out as docs/evaluation.md says."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for results, report and figures.")
+    ],
+    control: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Side network trained without memory, to compare perplexities with.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Step to run; may be repeated. Default: all.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="How memory is searched, instead of the checkpoint's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the backbone: fp32 or bf16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Run a whole suite and write a report with figures.
+
+    A step that has a result for the same weights, data and settings is not run again, so that the
+    command can be given again after it was cut off.
+
+    Example:
+        memlayer eval suite paper --checkpoint run --control run-control --data data --output report
+    """
+    from memlayer.evaluation.suite.run import Subject, run_suite
+
+    subject = Subject(
+        checkpoint=checkpoint,
+        control=control,
+        data=data,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+    )
+    path = run_suite(name, subject, output, only=only or (), announce=_announce)
+    typer.echo(f"wrote {path}")
+
+
+def _announce(step: str, number: int, steps: int, there: bool) -> None:
+    typer.echo(f"{number + 1}/{steps} {step}{' (there already)' if there else ''}", err=True)
 
 
 def _show(result: PerplexityResult) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int, int], None]
 Scores: TypeAlias = dict[str, dict[str, float]]
 
-METRICS = ("accuracy", "loss")
+METRICS = {"choice": ("accuracy", "loss"), "target": ("loss", "accuracy")}
 """Where nothing is generated. ``accuracy``: the right choice is the likeliest; of a target: greedy
 decoding writes it. ``loss``: of the right choice, nats a token."""
 
@@ -82,7 +82,7 @@ def evaluate_task(
             scores[item.id] = _scored(answerer, task, item)
             if progress is not None:
                 progress(number + 1, len(items))
-    metrics = tuple(task.scorers) if task.answering == "generation" else METRICS
+    metrics = METRICS.get(task.answering) or tuple(task.scorers)
     return TaskResult(
         task=task.name,
         metrics=metrics,
