@@ -10,6 +10,14 @@ import typer
 
 from memlayer.evaluation.options import PerplexityOptions
 from memlayer_cli.json_output import STANDARD_OUTPUT, JsonOption, write_json
+from memlayer_cli.model_options import (
+    BackendOption,
+    BareBackboneOption,
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    check_one_model,
+)
 from memlayer_cli.progress import progress_bar
 from memlayer_cli.tasks import TaskGroup
 from memlayer_cli.train import DEFAULT_DATA
@@ -25,42 +33,17 @@ evaluate = typer.Typer(
     cls=TaskGroup, no_args_is_help=True, help="Evaluate a checkpoint or a backbone."
 )
 
-_MODEL_PANEL = "Model"
 _DATA_PANEL = "Data"
 _WINDOW_PANEL = "Windows and memory"
 
 
 @evaluate.command()
 def perplexity(
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Trained side network: a directory or a Hub id.",
-            rich_help_panel=_MODEL_PANEL,
-        ),
-    ] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID|DIR|FILE.gguf",
-            help="Backbone to evaluate alone, instead of --checkpoint.",
-            rich_help_panel=_MODEL_PANEL,
-        ),
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            help="How memory is searched, instead of the checkpoint's; see 'memlayer plugins'.",
-            rich_help_panel=_MODEL_PANEL,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the backbone: fp32 or bf16.", rich_help_panel=_MODEL_PANEL)
-    ] = "fp32",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL_PANEL)
-    ] = "auto",
+    checkpoint: CheckpointOption = None,
+    backbone: BareBackboneOption = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = "fp32",
+    device: DeviceOption = "auto",
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,8 +139,7 @@ def perplexity(
 
         memlayer eval perplexity --backbone smollm2-135m --segment-length 512 --dense-context 4096
     """
-    if (checkpoint is None) == (backbone is None):
-        raise typer.BadParameter("give either --checkpoint or --backbone")
+    check_one_model(checkpoint, backbone)
     if no_memory and memory_size:
         raise typer.BadParameter("--no-memory and --memory-size exclude each other")
     options = PerplexityOptions(
@@ -217,11 +199,9 @@ def suite(
     only: Annotated[
         list[str] | None, typer.Option(help="Step to run; may be repeated. Default: all.")
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="How memory is searched, instead of the checkpoint's.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the backbone: fp32 or bf16.")] = "fp32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    backend: BackendOption = None,
+    dtype: DtypeOption = "fp32",
+    device: DeviceOption = "auto",
 ) -> None:
     """Run a whole suite and write a report with figures.
 

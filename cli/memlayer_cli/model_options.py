@@ -29,6 +29,16 @@ BackboneOption = Annotated[
     ),
 ]
 
+BareBackboneOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone",
+        metavar="ID|DIR|FILE.gguf",
+        help="Backbone to evaluate alone, instead of --checkpoint.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
 BackendOption = Annotated[
     str | None,
     typer.Option(

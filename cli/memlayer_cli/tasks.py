@@ -18,6 +18,13 @@ from memlayer.evaluation.tasks.lookup import task_type
 from memlayer.evaluation.tasks.options import TaskOptions
 from memlayer.options_help import field_docs
 from memlayer_cli.json_output import STANDARD_OUTPUT, JsonOption, write_json
+from memlayer_cli.model_options import (
+    BackendOption,
+    BareBackboneOption,
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+)
 from memlayer_cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -27,7 +34,6 @@ if TYPE_CHECKING:
     from memlayer.evaluation.tasks.task import Task
     from memlayer.plugins import Plugins
 
-_MODEL_PANEL = "Model"
 _DATA_PANEL = "Items"
 _TASK_PANEL = "Task"
 
@@ -45,35 +51,11 @@ def _evaluation(
         Literal["train", "validation", "test"],
         typer.Option(help="Part of the data sets.", rich_help_panel=_DATA_PANEL),
     ] = "test",
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Trained side network: a directory or a Hub id.",
-            rich_help_panel=_MODEL_PANEL,
-        ),
-    ] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID|DIR|FILE.gguf",
-            help="Backbone to evaluate alone, instead of --checkpoint.",
-            rich_help_panel=_MODEL_PANEL,
-        ),
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            help="How memory is searched, instead of the checkpoint's; see 'memlayer plugins'.",
-            rich_help_panel=_MODEL_PANEL,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the backbone: fp32 or bf16.", rich_help_panel=_MODEL_PANEL)
-    ] = "fp32",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL_PANEL)
-    ] = "auto",
+    checkpoint: CheckpointOption = None,
+    backbone: BareBackboneOption = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = "fp32",
+    device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
     """Stand for what all task commands have in common; only its signature is used."""

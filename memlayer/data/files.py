@@ -9,7 +9,7 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,8 @@ def read_file(path: Path, name: str, text_field: str) -> list[Document]:
     try:
         if suffixes[-1:] == ("parquet",):
             documents = _read_parquet(path, name, text_field)
-        elif suffixes[-1:] == ("jsonl",):
-            documents = _read_json_lines(path, name, text_field, path.read_bytes())
-        elif suffixes[-2:] in _DECOMPRESS:
-            content = _DECOMPRESS[suffixes[-2:]](path)
-            documents = _read_json_lines(path, name, text_field, content)
+        elif suffixes[-1:] == ("jsonl",) or suffixes[-2:] in _DECOMPRESS:
+            documents = _read_json_lines(path, name, text_field)
         else:
             documents = [Document(id=name, text=_decode(path.read_bytes(), path))]
     except OSError as error:
@@ -162,13 +159,40 @@ _DECOMPRESS: dict[tuple[str, ...], Callable[[Path], bytes]] = {
 }
 
 
-def _read_json_lines(path: Path, name: str, text_field: str, content: bytes) -> list[Document]:
-    documents = []
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give a JSON lines file's records, each with its place (``FILE:LINE``).
+
+    Args:
+        path: ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst``.
+
+    Raises:
+        DataError: if it is damaged, or a line is not one JSON object.
+        OSError: if it cannot be read.
+    """
+    suffixes = tuple(path.name.lower().split(".")[-2:])
+    content = _DECOMPRESS[suffixes](path) if suffixes in _DECOMPRESS else path.read_bytes()
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            record = _parse_record(line, f"{path}:{number}")
-            text = text_of_record(record, text_field, f"{path}:{number}")
-            documents.append(Document(id=str(record.get("id", f"{name}:{number}")), text=text))
+            place = f"{path}:{number}"
+            yield place, _parse_record(line, place)
+
+
+def plain_or_compressed(path: Path) -> Path:
+    """Give ``path``, or that of the compressed file beside it where only that exists."""
+    if not path.is_file():
+        for suffix in (".gz", ".zst"):
+            compressed = path.with_name(path.name + suffix)
+            if compressed.is_file():
+                return compressed
+    return path
+
+
+def _read_json_lines(path: Path, name: str, text_field: str) -> list[Document]:
+    documents = []
+    for place, record in read_records(path):
+        text = text_of_record(record, text_field, place)
+        number = place.rpartition(":")[2]
+        documents.append(Document(id=str(record.get("id", f"{name}:{number}")), text=text))
     return documents
 
 

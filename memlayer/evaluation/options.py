@@ -5,10 +5,14 @@ No torch here: the command line reads the defaults to print its help.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeAlias
 
 from memlayer.errors import ConfigError
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
 
 
 @dataclass(frozen=True, kw_only=True)

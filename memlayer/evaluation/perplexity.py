@@ -12,23 +12,23 @@ Every condition scores the same tokens: all of every document but its first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memlayer.config import LongMemConfig
 from memlayer.decoders import describe, find_parts
 from memlayer.errors import ConfigError, DataError, ShapeError, UnsupportedModelError
-from memlayer.evaluation.options import PerplexityOptions, Windowing
+from memlayer.evaluation.options import PerplexityOptions, Progress, Windowing
 from memlayer.evaluation.results import PerplexityResult, WindowReport
 from memlayer.evaluation.scoring import FOREIGN, Foreign, backbone_losses, model_losses
 from memlayer.evaluation.summary import Losses, summarise
 from memlayer.evaluation.windows import windows
 from memlayer.model import LongMemModel
+from memlayer.modes import evaluating
 from memlayer.plugins import default_plugins
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from memlayer.data import TokenDocument
     from memlayer.memory import MemoryBank
-
-Progress: TypeAlias = Callable[[int, int], None]
 
 
 def evaluate_perplexity(
@@ -66,7 +64,7 @@ def evaluate_perplexity(
     options = PerplexityOptions() if options is None else options
     _check_documents(documents)
     evaluation = _Evaluation.plan(model, documents, options, progress)
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         reports = evaluation.run()
     return PerplexityResult(
         headline=evaluation.headline,
@@ -311,13 +309,3 @@ def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
             progress(done, total)
 
     return advance
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

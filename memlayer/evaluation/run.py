@@ -13,11 +13,11 @@ from memlayer.data import load_documents, tokenize_documents
 from memlayer.devices import choose_device
 from memlayer.errors import ConfigError
 from memlayer.evaluation.documents import first_tokens
-from memlayer.evaluation.perplexity import Progress, evaluate_perplexity
+from memlayer.evaluation.perplexity import evaluate_perplexity
 
 if TYPE_CHECKING:
     from memlayer.data.documents import Split
-    from memlayer.evaluation.options import PerplexityOptions
+    from memlayer.evaluation.options import PerplexityOptions, Progress
     from memlayer.evaluation.results import PerplexityResult
     from memlayer.model import LongMemModel
 

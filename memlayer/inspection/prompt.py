@@ -35,6 +35,7 @@ from memlayer.inspection.results import (
 )
 from memlayer.inspection.text import decode, pieces
 from memlayer.memory import BankReader
+from memlayer.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,13 +126,9 @@ def inspect_tokens(
     ids = input_ids.to(model.device)
     count = ids.shape[1]
     reader = RecordingReader(BankReader(bank))
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         states = model.encode(ids)
         on, off = model.read(states, reader), model.read(states)
-    finally:
-        model.train(training)
     readings = read_layers(model, reader.records)
     read = totals(readings, range(count))
     reads = reads_by_token(readings, read, count, options.chunks_per_token)

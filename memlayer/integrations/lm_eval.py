@@ -85,7 +85,7 @@ class MemlayerLM(HFLM):  # type: ignore[misc]
         backend: str | None = None,
         dtype: str = "fp32",
         device: str | None = "auto",
-        batch_size: int = 1,
+        batch_size: int | str = 1,
         **options: Any,
     ) -> None:
         if (checkpoint is None) == (model is None) or (model is None) != (tokenizer is None):
@@ -98,6 +98,11 @@ class MemlayerLM(HFLM):  # type: ignore[misc]
             raise ConfigError(
                 f"condition must be one of {', '.join(get_args(Condition))}, got {condition!r}"
             )
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ConfigError(
+                f"batch_size must be a whole number, at least 1, got {batch_size!r}: the harness "
+                "finds a batch size by trying the longest context, and with memory there is none"
+            )
         if checkpoint is not None:
             place = {"dtype": dtype, "device": choose_device(device or "auto")}
             model, loaded = load_checkpoint(checkpoint, backend, place)
@@ -108,7 +113,7 @@ class MemlayerLM(HFLM):  # type: ignore[misc]
             pretrained=model.backbone,
             tokenizer=tokenizer,
             max_length=ANY_LENGTH if condition == "memory" else window,
-            batch_size=batch_size,
+            batch_size=int(batch_size),
             **options,
         )
         self._model = model.eval()

@@ -9,8 +9,7 @@ this is the small, fixed sample that draws the curves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memlayer.evaluation.windows import windows
+from memlayer.modes import evaluating
 
 if TYPE_CHECKING:
     from memlayer.data import TokenDocument
@@ -80,7 +80,7 @@ def measure_perplexities(
     losses = torch.zeros(3, dtype=torch.float64)
     tokens = 0
     length = model.memory_config.segment_length
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for input_ids in sample:
             bank = model.new_memory()
             for window in windows(len(input_ids) - 1, length, length):
@@ -108,13 +108,3 @@ def measure_perplexities(
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-@contextmanager
-def _evaluating(model: LongMemModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -218,6 +218,9 @@ def test_what_cannot_be_is_refused(make: Callable[..., MemlayerLM], model: LongM
         MemlayerLM()
     with pytest.raises(ConfigError, match="tokenizer None"):
         MemlayerLM(model=model)
+    for batch_size in ("auto", 0, "auto:4"):
+        with pytest.raises(ConfigError, match="batch_size must be a whole number, at least 1, got"):
+            make(batch_size=batch_size)
     with pytest.raises(ConfigError, match="more than the 80 tokens of a continuation, got 64"):
         make().loglikelihood(requests_of((TEXTS[0], "x" * 80)), disable_tqdm=True)
 

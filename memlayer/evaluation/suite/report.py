@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from memlayer.evaluation.results import recovery
 from memlayer.evaluation.suite.figures import draw_figures, drawing_problem
 from memlayer.files import write_atomically
 
@@ -101,8 +102,8 @@ def _recovered(
 ) -> str:
     if dense is None or name in ("backbone", "dense"):
         return ""
-    gap = backbone["perplexity"] - dense["perplexity"]
-    return f"{100 * (backbone['perplexity'] - perplexity) / gap:.0f} %" if gap > 0 else ""
+    share = recovery(backbone["perplexity"], perplexity, dense["perplexity"])
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _task_lines(results: Results) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import memlayer
 from memlayer.checkpoint import find_checkpoint, read_config
+from memlayer.data.files import plain_or_compressed
 from memlayer.errors import ConfigError, DataError
 from memlayer.evaluation.options import PerplexityOptions
 from memlayer.evaluation.run import evaluate_perplexity_from_names
@@ -128,8 +129,7 @@ def _evaluated(
 
 def _document_file(subject: Subject, step: Step) -> Path:
     assert step.domain is not None
-    path = subject.data / step.domain / f"{step.domain}_test.jsonl"
-    return path if path.is_file() else path.with_name(path.name + ".gz")
+    return plain_or_compressed(subject.data / step.domain / f"{step.domain}_test.jsonl")
 
 
 def _check_data(subject: Subject, steps: Sequence[Step]) -> None:

@@ -10,7 +10,7 @@ prompt).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from memlayer.errors import ConfigError
+from memlayer.errors import ConfigError, DataError
 from memlayer.evaluation.tasks.holding import HeldMemory, reading, token_ids
 from memlayer.memory import BankReader
 from memlayer.memory.readers import StackedReader
@@ -71,11 +71,17 @@ class Answerer:
         """The bare model."""
         return self.model.backbone if isinstance(self.model, LongMemModel) else self.model
 
+    def _prompt(self, item: Item) -> Tensor:
+        prompt = token_ids(self.tokenizer, item.prompt)
+        if not len(prompt):
+            raise DataError(f"item {item.id!r} has an empty prompt, after which nothing is likely")
+        return prompt
+
     # ---------------------------------------------------------------- likelihoods
 
     def choose(self, item: Item) -> dict[str, Likelihoods]:
         """Give the likelihoods of an item's choices under every condition."""
-        prompt = token_ids(self.tokenizer, item.prompt)
+        prompt = self._prompt(item)
         choices = [token_ids(self.tokenizer, choice) for choice in item.choices]
         longest = max(len(choice) for choice in choices)
         if longest >= self.window:
@@ -91,40 +97,35 @@ class Answerer:
         kept = torch.arange(len(tail) - 1, len(tail) - 1 + longest)
         device = self.backbone.device
         ids, mask, kept = ids.to(device), mask.to(device), kept.to(device)
-        logits: dict[str, Callable[[], Tensor]] = {}
+        found = {}
         if isinstance(self.model, LongMemModel):
             model = self.model
             states = model.encode(ids, mask)
-            logits["backbone"] = lambda: model.backbone_logits(states, kept)
-            logits["no_memory"] = lambda: model.read(states, None, logits_to_keep=kept)
-            for name in self.memories:
-                reader = self._reader(name, head, len(ids))
-                logits[name] = lambda reader=reader: model.read(  # type: ignore[misc]
-                    states, reader, logits_to_keep=kept
-                )
+            found["backbone"] = likelihoods(model.backbone_logits(states, kept), choices)
+            for name, reader in self._readers(head, len(ids)):
+                logits = model.read(states, reader, logits_to_keep=kept)
+                found[name] = likelihoods(logits, choices)
         else:
-            logits["backbone"] = lambda: (
-                self.backbone(
-                    input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept
-                ).logits
+            output = self.backbone(
+                input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept
             )
-        found = {name: likelihoods(give(), choices) for name, give in logits.items()}
+            found["backbone"] = likelihoods(output.logits, choices)
         if self.dense_context is not None:
             before = torch.cat([token_ids(self.tokenizer, item.memory), prompt])
             before = before[-(self.dense_context - longest) :]
             found["dense"] = likelihoods(self._dense_logits(before, rows, longest), choices)
         return found
 
-    def _reader(self, name: str, head: Tensor, rows: int) -> MemoryReader:
-        """Give a memory with what the prompt has beyond the window, for rows of one prompt."""
-        reader = BankReader(self.memories[name].bank, rows)
-        if not len(head):
-            return reader
-        assert self.overflow is not None
-        if name == next(iter(self.memories)):
+    def _readers(self, head: Tensor, rows: int) -> Iterator[tuple[str, MemoryReader | None]]:
+        """Give what each condition reads, for rows of one prompt whose head the window lacks."""
+        yield "no_memory", None
+        beyond = []
+        if len(head) and self.overflow is not None:
             self.overflow.bank.clear()
             self.overflow.add(head)
-        return StackedReader([reader, BankReader(self.overflow.bank, rows)])
+            beyond = [BankReader(self.overflow.bank, rows)]
+        for name, held in self.memories.items():
+            yield name, StackedReader([BankReader(held.bank, rows), *beyond])
 
     def _dense_logits(self, before: Tensor, rows: Sequence[Tensor], longest: int) -> Tensor:
         """Give logits ``(rows, longest, V)`` after a long text, which is read once."""
@@ -146,7 +147,12 @@ class Answerer:
 
     def write(self, item: Item, max_new_tokens: int) -> dict[str, str]:
         """Give each condition's greedy continuation of an item's prompt, up to the line's end."""
-        prompt = token_ids(self.tokenizer, item.prompt)
+        if max_new_tokens >= self.window:
+            raise ConfigError(
+                f"segment_length must be more than the {max_new_tokens} tokens that an answer may "
+                f"have, got {self.window}"
+            )
+        prompt = self._prompt(item)
         short = prompt[-(self.window - max_new_tokens) :]
         texts = {}
         if isinstance(self.model, LongMemModel):

@@ -12,9 +12,10 @@ from memlayer.errors import ConfigError
 from memlayer.evaluation.run import load_subject
 from memlayer.evaluation.tasks.lookup import find_task
 from memlayer.evaluation.tasks.options import TaskOptions
-from memlayer.evaluation.tasks.run import Progress, evaluate_task
+from memlayer.evaluation.tasks.run import evaluate_task
 
 if TYPE_CHECKING:
+    from memlayer.evaluation.options import Progress
     from memlayer.evaluation.tasks.results import TaskResult
     from memlayer.evaluation.tasks.task import Split
     from memlayer.plugins import Plugins

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,13 +19,14 @@ from memlayer.evaluation.tasks.holding import HeldMemory
 from memlayer.evaluation.tasks.options import TaskOptions
 from memlayer.evaluation.tasks.results import Difference, Score, TaskResult
 from memlayer.model import LongMemModel
+from memlayer.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from memlayer.evaluation.options import Progress
     from memlayer.evaluation.tasks.task import Item, Split, Task
 
-Progress: TypeAlias = Callable[[int, int], None]
 Scores: TypeAlias = dict[str, dict[str, float]]
 
 METRICS = {"choice": ("accuracy", "loss"), "target": ("loss", "accuracy")}
@@ -73,7 +74,7 @@ def evaluate_task(
     answerer = _answerer(model, tokenizer, options)
     foreign = _foreign(items) if options.foreign_memory else None
     scores: dict[str, Scores] = {}
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         for number, item in enumerate(items):
             if "memory" in answerer.memories:
                 answerer.memories["memory"].hold(item.memory)
@@ -189,12 +190,10 @@ def _conditions(scores: Sequence[Scores], metrics: Sequence[str]) -> dict[str, d
 
 
 def _mean(values: Sequence[float]) -> Score:
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
         return Score(mean=mean, error=None)
-    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-    return Score(mean=mean, error=math.sqrt(variance / n))
+    return Score(mean=mean, error=statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def _groups(
@@ -246,13 +245,3 @@ def _differences(scores: Sequence[Scores], metrics: Sequence[str]) -> Iterator[D
 def _notes(items: Sequence[Item]) -> tuple[str, ...]:
     empty = sum(not item.memory for item in items)
     return (f"{empty} of {len(items)} items have no memory to read",) if empty else ()
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -9,8 +9,6 @@ how scores are compared is the same for all. A plug-in subclasses `Task` and nam
 
 from __future__ import annotations
 
-import gzip
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,30 +104,27 @@ class Task(ABC):
 
 
 def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read a JSON Lines file, plain or gzipped (``.gz`` is added where only that exists).
+    """Read a JSON lines file, or the compressed one beside it where only that exists.
 
     Raises:
         DataError: if it is missing or damaged, or a record lacks a field.
     """
-    place = path if path.is_file() else path.with_name(path.name + ".gz")
+    from memlayer.data import files  # imports torch, which --help does without
+
+    found = files.plain_or_compressed(path)
     try:
-        with (
-            gzip.open(place, "rt", encoding="utf-8")
-            if place.suffix == ".gz"
-            else place.open(encoding="utf-8") as lines
-        ):
-            records = [json.loads(line) for line in lines if line.strip()]
+        records = list(files.read_records(found))
     except FileNotFoundError as error:
         raise DataError(
-            f"there is no {path} (nor {place.name}); docs/evaluation.md says what a task reads"
+            f"there is no {path} (nor {path.name}.gz); docs/evaluation.md says what a task reads"
         ) from error
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{place} is not JSON Lines ({error!s:.80})") from error
-    for number, record in enumerate(records, start=1):
-        missing = [name for name in fields if not isinstance(record, dict) or name not in record]
+    except OSError as error:
+        raise DataError(f"cannot read {found}: {error.strerror or error}") from error
+    for place, record in records:
+        missing = [name for name in fields if name not in record]
         if missing:
-            raise DataError(f"{place}, line {number}, lacks {', '.join(missing)}")
-    return records
+            raise DataError(f"{place} lacks {', '.join(missing)}")
+    return [record for _, record in records]
 
 
 def read_texts(path: Path, ids: set[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memlayer.errors import ConfigError
+from memlayer.errors import ConfigError, DataError
 from memlayer.evaluation.tasks.answering import Answerer
 from memlayer.evaluation.tasks.holding import HeldMemory, token_ids
 from memlayer.evaluation.tasks.task import Item
@@ -174,6 +174,17 @@ def test_generation_reads_the_held_memory_and_leaves_the_models_own(answerer: An
 def test_a_choice_that_fills_the_window_is_refused(answerer: Answerer) -> None:
     with pytest.raises(ConfigError, match="more than the 60 tokens of the longest choice of item"):
         answerer.choose(item(choices=("x" * 60, "y")))
+
+
+def test_an_answer_that_may_fill_the_window_is_refused(answerer: Answerer) -> None:
+    with pytest.raises(ConfigError, match="the 48 tokens that an answer may have, got 48"):
+        answerer.write(item(), 48)
+
+
+def test_an_empty_prompt_is_refused(answerer: Answerer) -> None:
+    for ask in (answerer.choose, lambda one: answerer.write(one, 4)):
+        with pytest.raises(DataError, match="item '1' has an empty prompt"):
+            ask(item(prompt=""))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from memlayer.evaluation.tasks.chapterbreak import ChapterBreak, ChapterBreakOpt
 from memlayer.evaluation.tasks.icl import InContextLearning, InContextLearningOptions
 from memlayer.evaluation.tasks.kv import KeyValues, KeyValuesOptions
 from memlayer.evaluation.tasks.lookup import task_type
+from memlayer.evaluation.tasks.options import TaskOptions
 from memlayer.evaluation.tasks.passkey import Passkey, PasskeyOptions
 from memlayer.evaluation.tasks.recall import FarNames, FarNamesOptions
 from memlayer.evaluation.tasks.run import evaluate_task
@@ -178,7 +179,8 @@ def test_each_is_registered_and_runs(
     }
     task = task_type(name, default_plugins())(small[name])
     assert task.name == name
-    result = evaluate_task(model, loaded.tokenizer, task, data=data)
+    window = TaskOptions(segment_length=task.max_new_tokens + 16)
+    result = evaluate_task(model, loaded.tokenizer, task, window, data=data)
     assert result.items >= 1
     assert {"backbone", "no_memory", "memory"} <= set(result.conditions)
 
@@ -213,12 +215,12 @@ def test_too_many_demonstrations_are_refused(data: Path, loaded: Backbone) -> No
 
 def test_damaged_and_missing_files_are_named(write_records: Write, loaded: Backbone) -> None:
     data = write_records({"retrieval/kv_75_keys": [{"id": "a", "key": "k"}]})
-    with pytest.raises(DataError, match=r"kv_75_keys.jsonl.gz, line 1, lacks value, records"):
+    with pytest.raises(DataError, match=r"kv_75_keys.jsonl.gz:1 lacks value, records"):
         items(KeyValues(), data, loaded)
     with pytest.raises(DataError, match=r"there is no .*books_test.jsonl|farname_test.jsonl"):
         items(FarNames(), data, loaded)
     (data / "retrieval" / "kv_75_keys.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(DataError, match="is not JSON Lines"):
+    with pytest.raises(DataError, match="is not a whole gzip file"):
         items(KeyValues(), data, loaded)
 
 
