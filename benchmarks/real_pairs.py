@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import memlayer
-from memlayer.decoders import describe, find_parts
+from memlayer.discovery import parts_of
 from memlayer.plugins import default_plugins
 
 CHUNK = 4
@@ -63,7 +63,7 @@ class Recorder:
     """
 
     def __init__(self, backbone: nn.Module, layers: list[int]) -> None:
-        parts = find_parts(backbone, describe(backbone, default_plugins()))
+        parts = parts_of(backbone, default_plugins())
         self.group = parts.num_attention_heads // parts.num_key_value_heads
         self.keys: list[Tensor] = []
         self.queries: list[Tensor] = []

@@ -160,6 +160,6 @@ def _on_projection(
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Give a layer's hidden states, whether it returns them alone or first in a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    """Give a layer's hidden states, whether it returns them alone or first in a sequence."""
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return hidden

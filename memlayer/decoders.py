@@ -10,6 +10,7 @@ pass is copied: the backbone's own code runs, and hooks on these modules read an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,17 +36,35 @@ class Projection:
         part: which of ``parts`` equal slices of the last dimension, where one module computes
             several (GPT-2's ``c_attn``: query 0, key 1, value 2 of 3).
         parts: equal slices that the output's last dimension is made of.
+        heads: where heads lie otherwise: which slice of ``D`` numbers each of them is (BLOOM's
+            queries: 0, 3, 6, ...). None: all of ``part``, in order.
+        heads_first: the output is ``(B, heads, T, D)``.
     """
 
     module: str
     part: int = 0
     parts: int = 1
+    heads: tuple[int, ...] | None = None
+    heads_first: bool = False
 
     def split_heads(self, output: Tensor, head_dim: int) -> Tensor:
         """Cut this projection out of its module's output: ``(B, T, ...) -> (B, heads, T, D)``."""
+        if self.heads_first:
+            output = output.transpose(1, 2)
         batch, tokens = output.shape[:2]
         mine = output.reshape(batch, tokens, -1).chunk(self.parts, dim=-1)[self.part]
-        return mine.reshape(batch, tokens, -1, head_dim).transpose(1, 2)
+        split = mine.reshape(batch, tokens, -1, head_dim)
+        if self.heads is not None:
+            split = split[:, :, _as_slice(self.heads)]
+        return split.transpose(1, 2)
+
+
+def _as_slice(numbers: tuple[int, ...]) -> slice | list[int]:
+    """Give evenly spaced numbers as a slice, which copies nothing."""
+    steps = {after - before for before, after in itertools.pairwise(numbers)} or {1}
+    if len(steps) == 1 and min(steps) > 0:
+        return slice(numbers[0], numbers[-1] + 1, min(steps))
+    return list(numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +80,18 @@ class DecoderDescription:
     """The module that maps token ids to hidden states, without the head."""
     layers: str
     """The list of layers. Each takes hidden states first and returns them (or a tuple)."""
-    final_norm: str
-    """The norm after the last layer."""
-    head: str = "lm_head"
-    """The linear map to the vocabulary."""
+    final_norm: str | None
+    """The norm after the last layer; None where a family has none."""
+    head: str | None = "lm_head"
+    """The linear map to the vocabulary. None: all that the causal-LM model does behind its decoder,
+    which may scale or cap logits."""
     output_projection: str | None = None
     """A linear map between final norm and head, where a family has one."""
     rotary: str | None = None
-    """The module that gives ``(cos, sin)`` for position ids; None for learned positions."""
+    """The module that gives ``(cos, sin)`` for position ids, by which queries are turned as LLaMA
+    turns them; None for others. ``memory_distance`` needs it."""
+    position_table: str | None = None
+    """The embedding of learned positions; None for others, which have no last position."""
 
     attention: str
     """The attention module, from a layer."""
@@ -92,13 +115,14 @@ class DecoderParts:
         layers: the L decoder layers.
         final_norm: after the last layer; an identity where the backbone has none.
         output_projection: between final norm and head; an identity where there is none.
-        head: the map to the vocabulary.
+        head: the map to the vocabulary; None if it is what the backbone does behind its decoder.
         rotary: ``(hidden, position_ids) -> (cos, sin)``, or None.
         num_attention_heads: H.
         num_key_value_heads: H_kv, a divisor of H.
         head_dim: D.
         hidden_size: E, the width of the residual stream.
-        max_positions: tokens that a learned position table holds; None for rotary positions.
+        max_positions: tokens that a learned position table holds; None where there is none.
+        scalings: for each layer, the factor on ``q . k`` before its softmax.
     """
 
     description: DecoderDescription
@@ -106,32 +130,24 @@ class DecoderParts:
     layers: nn.ModuleList
     final_norm: nn.Module
     output_projection: nn.Module
-    head: nn.Module
+    head: nn.Module | None
     rotary: nn.Module | None
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     hidden_size: int
     max_positions: int | None
+    scalings: tuple[float, ...]
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """Give the attention module of a layer of this family."""
         return layer.get_submodule(self.description.attention)
 
-    def scaling(self, attention: nn.Module) -> float:
-        """Give the factor that an attention module puts on ``q . k`` before its softmax.
 
-        Transformers' attention modules carry it as ``scaling``; OPT's too, which applies it to the
-        queries already.
-        """
-        return float(getattr(attention, "scaling", self.head_dim**-0.5))
-
-
-def describe(backbone: PreTrainedModel, plugins: Plugins) -> DecoderDescription:
-    """Find the decoder adapter that describes a backbone, by its ``config.model_type``.
+def describe(backbone: PreTrainedModel, plugins: Plugins) -> DecoderDescription | None:
+    """Find the decoder adapter that describes a backbone, by its ``config.model_type``, if any.
 
     Raises:
-        UnsupportedModelError: if none does.
         PluginError: if the adapter is not a `DecoderDescription`.
     """
     model_type = backbone.config.model_type
@@ -139,10 +155,7 @@ def describe(backbone: PreTrainedModel, plugins: Plugins) -> DecoderDescription:
         served: entry.name for entry in plugins.adapters.entries() for served in entry.model_types
     }
     if model_type not in families:
-        raise UnsupportedModelError(
-            f"no decoder adapter for model_type {model_type!r}; known: "
-            f"{', '.join(sorted(families))}; docs/plugins.md shows how to describe another family"
-        )
+        return None
     description = plugins.adapters.get(families[model_type])
     if not isinstance(description, DecoderDescription):
         raise UnsupportedModelError(
@@ -172,6 +185,7 @@ def find_parts(backbone: PreTrainedModel, description: DecoderDescription) -> De
     heads = config.num_attention_heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    table = _part(backbone, description.position_table)
     if heads % key_value_heads:
         raise UnsupportedModelError(
             f"query heads must be a multiple of key/value heads, got {heads} and {key_value_heads}"
@@ -182,13 +196,18 @@ def find_parts(backbone: PreTrainedModel, description: DecoderDescription) -> De
         layers=layers,
         final_norm=_part(backbone, description.final_norm) or nn.Identity(),
         output_projection=_part(backbone, description.output_projection) or nn.Identity(),
-        head=_module(backbone, description.head),
+        head=None if description.head is None else _module(backbone, description.head),
         rotary=_part(backbone, description.rotary),
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         head_dim=head_dim,
         hidden_size=config.hidden_size,
-        max_positions=None if description.rotary else config.max_position_embeddings,
+        max_positions=config.max_position_embeddings if table is not None else None,
+        # Transformers' attention modules carry it; OPT's too, which applies it to queries already.
+        scalings=tuple(
+            float(getattr(_module(layer, description.attention), "scaling", head_dim**-0.5))
+            for layer in layers
+        ),
     )
 
 

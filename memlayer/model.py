@@ -22,9 +22,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memlayer import checkpoint
 from memlayer.capture import BackboneStates, run_backbone
 from memlayer.config import LongMemConfig
-from memlayer.decoders import DecoderParts, describe, find_parts
+from memlayer.discovery import parts_of
 from memlayer.errors import BackendUnavailableError, ConfigError
 from memlayer.generation import MemoryGeneration, WindowCache, advance, new_window
+from memlayer.head import logits_of
 from memlayer.ingestion import memorize_stream
 from memlayer.inputs import decoder_inputs
 from memlayer.kv_cache import with_side_layers
@@ -36,6 +37,7 @@ from memlayer.side_network import SideNetwork
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from memlayer.decoders import DecoderParts
     from memlayer.retrieval import RetrievalBackend
 
 
@@ -65,11 +67,11 @@ class LongMemModel(nn.Module, MemoryGeneration):
         super().__init__()
         plugins = default_plugins() if plugins is None else plugins
         self._make_backend = _backend_maker(plugins, config)
-        self.parts = find_parts(backbone, describe(backbone, plugins))
+        self.parts = parts_of(backbone, plugins)
         if config.memory_distance is not None and self.parts.rotary is None:
             raise ConfigError(
-                f"memory_distance needs a rotary backbone, got {backbone.config.model_type} with "
-                "learned positions; leave memory_distance at None"
+                "memory_distance needs a backbone with rotary positions that turn as LLaMA's, got "
+                f"{backbone.config.model_type}; leave memory_distance at None"
             )
         # A wrong backend option is the user's mistake now, not at the first write.
         self._make_backend(1, self.parts.head_dim, backbone.device)
@@ -182,9 +184,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
         bank.write(states.keys, states.values, states.attention_mask)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        weight = next(self.parts.head.parameters())
-        logits: Tensor = self.parts.head(self.parts.output_projection(hidden.to(weight.dtype)))
-        return logits
+        return logits_of(self.backbone, self.parts, hidden)
 
     # ---------------------------------------------------------------- use
 
@@ -272,8 +272,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
             self.remember(states)
         loss = None
         if labels is not None:
-            vocabulary = self.config.get_text_config(decoder=True).vocab_size
-            loss = self.backbone.loss_function(logits, labels, vocab_size=vocabulary)
+            loss = self.backbone.loss_function(logits, labels, vocab_size=logits.shape[-1])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 

@@ -29,7 +29,7 @@ flash attention serve alike, and no attention code is copied.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from memlayer.attention import fuse, memory_attention
 from memlayer.capture import BackboneStates, LayerCall, first_tensor
 from memlayer.errors import ConfigError
+from memlayer.rotation import rotated
 
 if TYPE_CHECKING:
     from memlayer.config import LongMemConfig
@@ -90,8 +91,9 @@ class SideNetwork(nn.Module):
         for reader, layer in zip(self.readers, memory_layers, strict=True):
             sources[reader] = layer
         self.sources = tuple(sources)
+        numbered = _layer_numbers(parts.layers)
         self.layers = nn.ModuleList(
-            _copy_layer(parts.layers[source], depth + number)
+            _copy_layer(parts.layers[source], numbered, depth + number)
             for number, source in enumerate(sources)
         )
         self.norm = _copy_module(parts.final_norm)
@@ -193,7 +195,7 @@ class SideNetwork(nn.Module):
         def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query = queries.pop()
             retrieved = memory.retrieve(query, layer=number)
-            recalled = memory_attention(self.rotate(query), retrieved, parts.scaling(attention))
+            recalled = memory_attention(self.rotate(query), retrieved, self.scaling(number))
             # (B, T, H * D) <-> (B, H, T, D)
             local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)
             fused = fuse(local, recalled.to(local.dtype), gate, retrieved.found.any(dim=-1))
@@ -213,24 +215,38 @@ class SideNetwork(nn.Module):
         ):
             yield
 
+    def scaling(self, number: int) -> float:
+        """Give the factor on ``q . k`` before the softmax of memory layer ``number``."""
+        return self._parts.scalings[self.sources[self.readers[number]]]
+
     def rotate(self, query: Tensor) -> Tensor:
         """Turn queries as if every retrieved key stood ``memory_distance`` tokens before them."""
         rotary = self._parts.rotary
         if self.memory_distance is None or rotary is None:
             return query
         position = torch.tensor([[self.memory_distance]], device=query.device)
-        cos, sin = rotary(query, position)
-        first, second = query.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        return torch.addcmul(query * cos.unsqueeze(1), turned, sin.unsqueeze(1))
+        return rotated(query, *rotary(query, position))
 
 
-def _copy_layer(layer: nn.Module, layer_idx: int) -> nn.Module:
+def _layer_numbers(layers: nn.ModuleList) -> list[tuple[str, str]]:
+    """Find where a layer keeps its own number (``layer_idx``, ``layer_id``): path and attribute."""
+    return [
+        (path, name)
+        for path, module in layers[0].named_modules()
+        for name in vars(module)
+        if "layer" in name
+        and all(
+            type(found := getattr(layer.get_submodule(path), name, None)) is int and found == number
+            for number, layer in enumerate(layers)
+        )
+    ]
+
+
+def _copy_layer(layer: nn.Module, numbered: Sequence[tuple[str, str]], number: int) -> nn.Module:
     """Copy a decoder layer as a trainable one with a place of its own in the KV cache."""
     copied = _copy_module(layer)
-    for module in copied.modules():
-        if hasattr(module, "layer_idx"):
-            setattr(module, "layer_idx", layer_idx)  # noqa: B010 - nn.Module types its own attributes
+    for path, name in numbered:
+        setattr(copied.get_submodule(path), name, number)
     return copied
 
 

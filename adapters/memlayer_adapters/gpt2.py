@@ -6,6 +6,7 @@ GPT2 = DecoderDescription(
     decoder="transformer",
     layers="transformer.h",
     final_norm="transformer.ln_f",
+    position_table="transformer.wpe",
     attention="attn",
     query=Projection(module="c_attn", part=0, parts=3),
     key=Projection(module="c_attn", part=1, parts=3),

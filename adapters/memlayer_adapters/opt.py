@@ -11,6 +11,7 @@ OPT = DecoderDescription(
     layers="model.decoder.layers",
     final_norm="model.decoder.final_layer_norm",
     output_projection="model.decoder.project_out",
+    position_table="model.decoder.embed_positions",
     attention="self_attn",
     query=Projection(module="q_proj"),
     key=Projection(module="k_proj"),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from memlayer.config import LongMemConfig
-from memlayer.decoders import describe, find_parts
+from memlayer.discovery import parts_of
 from memlayer.errors import ConfigError, DataError, ShapeError, UnsupportedModelError
 from memlayer.evaluation.options import PerplexityOptions, Progress, Windowing
 from memlayer.evaluation.results import PerplexityResult, WindowReport
@@ -294,7 +294,7 @@ def _check_finite(losses: Losses) -> None:
 def _max_positions(backbone: PreTrainedModel) -> int | None:
     """Give the size of a learned position table; None for others and for unknown families."""
     try:
-        return find_parts(backbone, describe(backbone, default_plugins())).max_positions
+        return parts_of(backbone, default_plugins()).max_positions
     except UnsupportedModelError:
         return None
 

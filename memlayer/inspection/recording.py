@@ -89,8 +89,7 @@ def chunk_shares(model: LongMemModel, record: LayerRecord, layer: int) -> ChunkS
         Kobayashi et al., "Attention is Not Only a Weight" (arXiv:2004.10102), for the norm.
     """
     network, retrieved = model.side_network, record.retrieved
-    reading_layer = network.layers[network.readers[layer]]
-    scaling = model.parts.scaling(model.parts.attention(reading_layer))
+    scaling = network.scaling(layer)
     # Queries (N, D), N = B * H * T, as the layer's memory attention sees them.
     queries = network.rotate(record.queries).flatten(0, 2).float()
     places, found = retrieved.places.flatten(0, 2), retrieved.found.flatten(0, 2)

@@ -7,6 +7,8 @@ from memlayer.testing import BackendConformance
 
 class TestMine(BackendConformance):
     backend = "mine"
+
+`DecoderConformance` does the same for a family of decoders.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ require_test_tools()
 import pytest  # noqa: E402
 
 # Before the import: it makes pytest explain a failed assertion of the suite with its values.
-pytest.register_assert_rewrite("memlayer.testing.backends")
+pytest.register_assert_rewrite("memlayer.testing.backends", "memlayer.testing.decoders")
 
 from memlayer.testing.backends import BackendConformance  # noqa: E402
+from memlayer.testing.decoders import DecoderConformance  # noqa: E402
 
-__all__ = ["BackendConformance"]
+__all__ = ["BackendConformance", "DecoderConformance"]
