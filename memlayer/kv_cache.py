@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 
+def other_kinds(cache: Cache) -> list[str]:
+    """Name the kinds of a cache's layers that hold something else than keys and values."""
+    kinds = dict.fromkeys(type(layer) for layer in cache.layers)
+    return [
+        kind.__name__ for kind in kinds if kind not in (DynamicLayer, DynamicSlidingWindowLayer)
+    ]
+
+
 def with_side_layers(cache: Cache, sources: Sequence[int], depth: int) -> None:
     """Make room in a cache for the side layers, each of the kind of its source layer.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from memlayer.decoders import DecoderDescription, DecoderParts, Projection, describe, find_parts
 from memlayer.discovery.matching import (
@@ -22,6 +23,7 @@ from memlayer.discovery.matching import (
 from memlayer.discovery.probe import LayerTrace, Trace, run_probe
 from memlayer.discovery.products import close
 from memlayer.errors import UnsupportedModelError
+from memlayer.kv_cache import other_kinds
 from memlayer.rotation import rotated
 
 if TYPE_CHECKING:
@@ -65,6 +67,12 @@ def discover(backbone: PreTrainedModel) -> DecoderParts:
     layers_path, layers = _layers(backbone, decoder)
     if "past_key_values" not in inspect.signature(decoder.forward).parameters:
         raise UnsupportedModelError("it keeps no cache of keys and values (past_key_values)")
+    others = other_kinds(DynamicCache(config=backbone.config))
+    if others:
+        raise UnsupportedModelError(
+            f"layers of its cache hold more than keys and values ({', '.join(others)}): a state "
+            "that goes from token to token"
+        )
     trace = run_probe(backbone, decoder, layers)
     other = run_probe(backbone, decoder, layers, other_end=True)
     _check_stream(trace, other)
