@@ -41,7 +41,7 @@ SIZES: dict[int, str] = {
     16: "kv_lora_rank q_lora_rank",
     512: "max_position_embeddings n_positions",
     0: "pad_token_id",
-    1: "bos_token_id",
+    1: "bos_token_id n_group topk_group num_expert_group",
 }
 """What a configuration's fields are set to, where it has them."""
 
@@ -52,12 +52,14 @@ KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 """Lists of one entry a layer."""
 
 LATENT = (
-    "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4 minicpm3 youtu"
+    "axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4 kimi_linear minicpm3 youtu"
 )
 """Families with latent attention, which have as many key/value heads as query heads."""
 
 OWN: dict[str, dict[str, Any]] = {
     **{model_type: {"num_key_value_heads": 4} for model_type in LATENT.split()},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "mamba", "attention"]},
     "bamba": {"attn_layer_indices": [3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "xmod": {"default_language": "en_XX"},

@@ -8,8 +8,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from memlayer.decoders import find_parts
+from memlayer.discovery import discover
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plugins.md"
@@ -83,3 +87,20 @@ def test_the_plugin_of_the_documentation_passes_its_own_tests(example):
     output = python(example, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
     assert "1 passed" in output
     assert "failed" not in output
+
+
+def test_the_description_that_docs_adapters_shows_passes_the_suite_of_families() -> None:
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    suite = names["TestBloom"]()
+    backbone = suite.make_backbone().eval()
+    described = find_parts(backbone, names["BLOOM"])
+    found = discover(backbone)
+    for name in ("query", "key", "value"):
+        own, other = getattr(described.description, name), getattr(found.description, name)
+        assert (own.module, own.heads) == (other.module, other.heads)
+    for name in ("decoder", "layers", "final_norm", "num_key_value_heads", "head_dim"):
+        assert getattr(described, name) == getattr(found, name)
+    suite.test_an_untrained_network_without_memory_is_the_backbone()
