@@ -15,8 +15,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from memlayer.cache import user_cache
 from memlayer.errors import CheckpointError, ConfigError, UnknownNameError, UnsupportedModelError
 from memlayer.hub import reason_unreachable
+from memlayer.quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ def load_backbone(
         UnsupportedModelError: if it is not a causal language model.
     """
     dtype = parse_dtype(dtype)
-    with _quiet():
+    with quiet_transformers():
         if name in KNOWN_BACKBONES:
             backbone = _load_packaged(name, KNOWN_BACKBONES[name], dtype)
         elif Path(name).is_dir():
@@ -198,6 +197,8 @@ def _cached_config(repository: str) -> object:
 
 def _load_files(source: str, name: str, dtype: torch.dtype, **options: Any) -> Backbone:
     """Load what ``save_pretrained`` wrote, from a folder or the Hub."""
+    import memlayer.longmem  # noqa: F401 - transformers learns of the paper's own backbone
+
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
@@ -358,18 +359,3 @@ def _hash(path: Path) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and remarks off the screen, and set them as they were."""
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers_logging.enable_progress_bar()

@@ -61,6 +61,11 @@ class LongMemConfig:
     them, with a weight that starts at 0, and so as the backbone too. ``"backbone"``: beside them,
     with weight 1, as in the paper."""
 
+    normed_residual: bool = False
+    """Let the last side layer's residual end at the backbone's output behind its final norm, which
+    mixes two scales. Released LongMem checkpoints were trained so; with ``side_init="backbone"``
+    only."""
+
     memory_distance: int | None = None
     """Tokens between a query and whatever it retrieves, as its rotary embedding sees it. None:
     neither side is rotated. Rotary backbones only."""
@@ -94,6 +99,8 @@ class LongMemConfig:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r:.80}"
                 )
+        if self.normed_residual and self.side_init != "backbone":
+            raise ConfigError(f'normed_residual needs side_init="backbone", got {self.side_init!r}')
         self._check_memory_layers()
 
     def _check_types(self) -> None:
@@ -109,6 +116,10 @@ class LongMemConfig:
             optional = name == "memory_distance" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name} must be a whole number, got {value!r:.80}")
+        if not isinstance(self.normed_residual, bool):
+            raise ConfigError(
+                f"normed_residual must be True or False, got {self.normed_residual!r:.80}"
+            )
         if not isinstance(self.backend, str) or not self.backend:
             raise ConfigError(f"backend must be a name, got {self.backend!r:.80}")
         if not isinstance(self.backend_options, Mapping):

@@ -10,9 +10,11 @@ pass is copied: the backbone's own code runs, and hooks on these modules read an
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -138,6 +140,11 @@ class DecoderParts:
     hidden_size: int
     max_positions: int | None
     scalings: tuple[float, ...]
+
+    @cached_property
+    def takes_positions(self) -> bool:
+        """Whether the decoder can be told ``position_ids``; others count by themselves."""
+        return "position_ids" in inspect.signature(self.decoder.forward).parameters
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """Give the attention module of a layer of this family."""

@@ -50,10 +50,15 @@ def decoder_inputs(
             f"the backbone has learned positions for {parts.max_positions} tokens, got "
             f"{past + tokens}; memorize the older text and pass the rest"
         )
+    if position_ids is not None and not parts.takes_positions:
+        raise ConfigError(
+            f"{type(parts.decoder).__name__} takes no position_ids: it counts by itself; leave "
+            "them out"
+        )
     mask = None
     if attention_mask is not None and not bool(attention_mask.all()):
         mask = attention_mask[:, -tokens:].bool()
-        if position_ids is None:
+        if position_ids is None and parts.takes_positions:
             # Most Hugging Face decoders count from 0 on, whatever is padding.
             counted = attention_mask.long().cumsum(dim=1) - 1
             position_ids = counted.clamp(min=0)[:, -tokens:]

@@ -29,7 +29,7 @@ flash attention serve alike, and no attention code is copied.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,7 @@ class SideNetwork(nn.Module):
         if config.side_init == "identity":
             self.scales = nn.Parameter(torch.zeros(len(sources), device=_device(parts)))
         self.memory_distance = config.memory_distance
+        self.normed_residual = config.normed_residual
 
     def forward(self, states: BackboneStates, memory: MemoryReader | None = None) -> Tensor:
         """Give the final hidden states, normed: ``(B, T, E)``.
@@ -123,6 +124,9 @@ class SideNetwork(nn.Module):
             layer: hidden.to(dtype)
             for layer, hidden in zip((-1, *self.outputs), states.hidden_states, strict=True)
         }
+        if self.normed_residual:
+            end = self.boundaries[-1]
+            above[end] = self._parts.final_norm(states.hidden_states[-1]).to(dtype)
         hidden, covered = above[-1], -1
         for number, (boundary, source) in enumerate(
             zip(self.boundaries, self.sources, strict=True)
@@ -257,6 +261,10 @@ def _copy_module(module: nn.Module) -> nn.Module:
     for part in copied.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
+        # A family's own: what is not the same in its side network.
+        become: Callable[[], None] | None = getattr(part, "to_side_network", None)
+        if become is not None:
+            become()
     return copied.requires_grad_(True)
 
 

@@ -20,4 +20,5 @@ def register_adapters(register: Register) -> None:
         "memlayer_adapters.llama:LLAMA",
         model_types=("llama", "mistral", "qwen2", "smollm3"),
     )
+    register("longmem", "memlayer_adapters.longmem:LONGMEM", model_types=("longmem_gpt",))
     register("qwen3", "memlayer_adapters.qwen3:QWEN3", model_types=("qwen3",))

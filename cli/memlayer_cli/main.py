@@ -20,6 +20,7 @@ from memlayer.plugins import DISTRIBUTION, Plugins, default_plugins
 from memlayer.registry import Source
 from memlayer_cli.bank import bank
 from memlayer_cli.bench import bench
+from memlayer_cli.convert import convert
 from memlayer_cli.evaluate import evaluate
 from memlayer_cli.generate import generate
 from memlayer_cli.inspect import inspect
@@ -43,6 +44,7 @@ def build_app() -> typer.Typer:
     app.command()(inspect)
     app.command()(plugins)
     app.command()(bench)
+    app.add_typer(convert, name="convert")
     return app
 
 

@@ -132,6 +132,26 @@ class DecoderConformance:
         assert sum(reached) >= len(reached) / 2
         assert all(parameter.grad is None for parameter in model.backbone.parameters())
 
+    def test_padding_on_the_left_changes_nothing_that_it_does_not_change_in_the_backbone(
+        self,
+    ) -> None:
+        """A padded row is its text, in memory and out, wherever that holds of the backbone."""
+        model = self._wrapped(self._backbone())
+        ids = self._ids(model)
+        padded, mask = ids.clone(), torch.ones_like(ids)
+        padded[:, :5], mask[:, :5] = 3, 0
+        with torch.no_grad():
+            own = model.backbone_logits(model.encode(padded, mask))[:, 5:]
+            expected = model.backbone_logits(model.encode(ids[:, 5:]))
+            if float((own - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
+                return  # a family that counts padding as text
+            model.memorize(padded, mask)
+            assert len(model.memory) == TOKENS - 5
+            by_padded = model(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, 5:]
+            model.memory.clear()
+            model.memorize(ids[:, 5:])
+            self._close(by_padded, model(input_ids=ids[:, 5:], use_cache=False).logits)
+
     # ---------------------------------------------------------------- generation, files
 
     def test_one_forward_is_as_many_cached_steps(self) -> None:

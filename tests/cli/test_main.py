@@ -57,7 +57,10 @@ def imported_by(result: subprocess.CompletedProcess) -> set[str]:
 def test_help_lists_the_commands_and_imports_nothing_heavy():
     result = memlayer_process("--help", python=("-X", "importtime"))
     assert result.returncode == 0
-    for command in ("train", "eval", "memorize", "bank", "generate", "inspect", "plugins", "bench"):
+    for command in (
+        *("train", "eval", "memorize", "bank", "generate", "inspect", "plugins", "bench"),
+        "convert",
+    ):
         assert command in result.stdout
     assert not imported_by(result) & HEAVY
 
@@ -76,6 +79,8 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
         ["inspect"],
         ["plugins"],
         ["bench"],
+        ["convert"],
+        ["convert", "longmem"],
     ],
     ids=" ".join,
 )
