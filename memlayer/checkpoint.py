@@ -27,6 +27,7 @@ from memlayer.config import LongMemConfig
 from memlayer.errors import CheckpointError, ConfigError
 from memlayer.json_fields import read_json_object
 from memlayer.narrow_weights import narrow, widen
+from memlayer.pieces import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +45,11 @@ _WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_adapter(
-    model: LongMemModel, directory: Path, *, dtype: torch.dtype | str | None = None
+    model: LongMemModel,
+    directory: Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    write: bool = True,
 ) -> None:
     """Write a model's side network into a directory, which is made if need be.
 
@@ -52,6 +57,7 @@ def save_adapter(
         model: its owner.
         directory: where to.
         dtype: of matrices in the file; None leaves them as they are.
+        write: False: only help other processes to gather what is in pieces.
 
     Raises:
         ConfigError: if the dtype is unknown.
@@ -66,6 +72,8 @@ def save_adapter(
         "sha256": hashlib.sha256(weights).hexdigest(),
         "memory": model.memory_config.to_dict(),
     }
+    if not write:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / WEIGHTS_NAME, weights)
     _write(directory / CONFIG_NAME, json.dumps(config, indent=2).encode())
@@ -233,7 +241,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _side_weights(model: LongMemModel) -> dict[str, Tensor]:
-    return {name: value.contiguous() for name, value in model.side_network.state_dict().items()}
+    state = model.side_network.state_dict()
+    return {name: whole(value).contiguous() for name, value in state.items()}
 
 
 def _read_weights(directory: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -272,7 +281,7 @@ def _sketch(backbone: PreTrainedModel) -> Tensor:
     matrices = [weight for weight in backbone.parameters() if weight.dim() > 1]
     picked = [matrices[number * len(matrices) // _SKETCHED] for number in range(_SKETCHED)]
     values = [
-        weight.detach().flatten()[(7919 * number) % weight.numel()]
+        whole(weight.detach()).flatten()[(7919 * number) % weight.numel()]
         for number, weight in enumerate(picked)
     ]
     return torch.stack([value.float().cpu() for value in values])

@@ -399,7 +399,11 @@ class LongMemModel(nn.Module, MemoryGeneration):
         )
 
     def save_pretrained(
-        self, directory: str | Path, *, dtype: torch.dtype | str | None = None
+        self,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        is_main_process: bool = True,
     ) -> None:
         """Write the side network: adapter_config.json, adapter_model.safetensors, README.md.
 
@@ -408,11 +412,13 @@ class LongMemModel(nn.Module, MemoryGeneration):
             dtype: of the matrices on disk, also ``"bf16"`` and the like, or ``"int8"`` for 8 bits
                 and a scale a row; norms, biases and gates stay as they are. None: all as they
                 are. `load` gives float32 again.
+            is_main_process: whether to write. Where processes hold a model in pieces, all of them
+                call this, and one writes.
 
         Raises:
             ConfigError: if the dtype is unknown.
         """
-        checkpoint.save_adapter(self, Path(directory), dtype=dtype)
+        checkpoint.save_adapter(self, Path(directory), dtype=dtype, write=is_main_process)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None

@@ -190,6 +190,7 @@ def train(
         save_every=save_every,
     )
     from memlayer.training import train_from_names
+    from memlayer.training.processes import is_main_process
 
     session: Session = ctx.obj
     result = train_from_names(
@@ -203,6 +204,8 @@ def train(
         resume=resume,
         plugins=session.plugins,
     )
+    if not is_main_process():
+        return
     if json is not None:
         write_json(result.to_dict(), json)
     if json != "-":

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from memlayer.errors import CheckpointError, ConfigError, TrainingError
 from memlayer.files import sync_directory, sync_tree
+from memlayer.pieces import put
 from memlayer.training.options import MAY_CHANGE_ON_RESUME
 
 CHECKPOINTS = "checkpoints"
@@ -72,7 +73,14 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def write_checkpoint(
-    run: Path, *, step: int, state: Mapping[str, Any], write: Callable[[Path], None], keep: int
+    run: Path,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    write: Callable[[Path], None],
+    keep: int,
+    is_main: bool = True,
+    wait: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write the checkpoint after one step, whole or not at all, and delete old ones.
 
@@ -82,16 +90,24 @@ def write_checkpoint(
         state: what ``state.json`` holds besides the digests; JSON types.
         write: writes all other files into the directory it is given.
         keep: newest checkpoints that stay.
+        is_main: whether this process writes what all of a run's processes share.
+        wait: gives back when every process has called it.
 
     Raises:
         TrainingError: if the files cannot be written; older checkpoints are as before.
     """
     final = checkpoint_path(run, step)
     temporary = final.with_name(f".{final.name}.tmp")
-    _remove_leftovers(run)
     try:
-        temporary.mkdir(parents=True)
+        if is_main:
+            _remove_leftovers(run)
+            temporary.mkdir(parents=True)
+        wait()
         write(temporary)
+        wait()
+        if not is_main:
+            wait()
+            return final
         text = json.dumps(
             {
                 "format_version": FORMAT_VERSION,
@@ -115,6 +131,7 @@ def write_checkpoint(
         ) from error
     for path in list_checkpoints(run)[:-keep]:
         _remove(path)
+    wait()
     return final
 
 
@@ -172,7 +189,7 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """Give the optimiser's state as named tensors: ``"<state>/<parameter>"``."""
     return {
-        f"{key}/{name}": value.detach().contiguous()
+        f"{key}/{name}": value.detach()
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -187,9 +204,12 @@ def restore_optimizer(
     for label, value in tensors.items():
         key, _, name = label.partition("/")
         parameter = parameters[name]
-        # AdamW keeps its step counts, which have no dimensions, on the CPU.
-        device = parameter.device if value.ndim else value.device
-        optimizer.state[parameter][key] = value.to(device)
+        if not value.ndim:
+            # AdamW keeps its step counts, which have no dimensions, on the CPU.
+            optimizer.state[parameter][key] = value
+            continue
+        optimizer.state[parameter][key] = torch.zeros_like(parameter, requires_grad=False)
+        put(optimizer.state[parameter][key], value)
 
 
 def random_tensors() -> dict[str, Tensor]:

@@ -54,21 +54,25 @@ class TrainingLog:
         path: the file. It is created where absent.
         last_step: entries of later steps are dropped: a run that resumes at this step will
             write them again.
+        write: False: entries are only kept, as in the processes of a run that are not the main one.
     """
 
-    def __init__(self, path: Path, *, last_step: int) -> None:
+    def __init__(self, path: Path, *, last_step: int, write: bool = True) -> None:
         self.path = path
         found = read_log(path) if path.exists() else []
         self.entries = [entry for entry in found if entry["step"] <= last_step]
-        text = "".join(_line(entry) for entry in self.entries)
-        write_atomically(path, text.encode())
-        self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+        self._file: IO[str] | None = None
+        if write:
+            text = "".join(_line(entry) for entry in self.entries)
+            write_atomically(path, text.encode())
+            self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry."""
         self.entries.append(entry)
-        self._file.write(_line(entry))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(entry))
+            self._file.flush()
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """Give the evaluation after one step, or None if there is none yet."""
@@ -81,7 +85,8 @@ class TrainingLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _line(entry: dict[str, Any]) -> str:

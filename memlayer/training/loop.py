@@ -30,16 +30,17 @@ from memlayer import checkpoint as adapter_checkpoint
 from memlayer.data import IGNORED, StreamBatches, tokenize_documents
 from memlayer.errors import CheckpointError, ConfigError, DataError, TrainingError
 from memlayer.files import write_atomically
+from memlayer.pieces import put, whole
 from memlayer.training import checkpoints
 from memlayer.training.evaluation import Perplexities, measure_perplexities, validation_sample
 from memlayer.training.interrupts import Interrupts
 from memlayer.training.log import LOG_NAME, TrainingLog
 from memlayer.training.plot import plot_curves, plotting_problem
+from memlayer.training.processes import Processes
 from memlayer.training.progress import TrainingProgress
 from memlayer.training.schedule import learning_rate_factor
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
     from memlayer.data import Batch, Document, TokenDocument
@@ -204,7 +205,9 @@ class Trainer:
         )
         if validation:
             _check_sample(self._sample, self.segment_length, options)
-        self._accelerator = _make_accelerator(options, model.device)
+        self._processes = Processes(options, model.device)
+        self._settings = self._describe_settings(documents, validation)
+        self._forward = self._processes.prepare(model)
         self._parameters = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -216,23 +219,25 @@ class Trainer:
             weight_decay=options.weight_decay,
         )
         self._peaks = [group["lr"] for group in groups]
-        # The model is not prepared: that would replace its forward, and it stays on its device.
-        self._optimizer = self._accelerator.prepare(
-            torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.epsilon)
+        self._optimizer = torch.optim.AdamW(
+            groups, betas=(options.beta1, options.beta2), eps=options.epsilon
         )
-        self._settings = self._describe_settings(documents, validation)
 
     def run(self) -> TrainingResult:
         """Train to the end, or until Ctrl-C."""
         device = self.model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.options.seed)
+            torch.manual_seed(self.options.seed + self._processes.index)
             self.model.memory.clear()
+            self._processes.wait()  # every process has looked at the directory by now
             self.output.mkdir(parents=True, exist_ok=True)
             if self._resume:
                 self._restore()
-            self._write_run(finished=False)
-            log = TrainingLog(self.output / LOG_NAME, last_step=self.step)
+            self._processes.wait()
+            main = self._processes.is_main
+            if main:
+                self._write_run(finished=False)
+            log = TrainingLog(self.output / LOG_NAME, last_step=self.step, write=main)
             try:
                 self._run_steps(log)
             finally:
@@ -246,7 +251,11 @@ class Trainer:
         self.model.train()
         with (
             Interrupts() as interrupts,
-            TrainingProgress(steps=self.steps, done=self.step, show=self._progress) as progress,
+            TrainingProgress(
+                steps=self.steps,
+                done=self.step,
+                show=self._progress if self._processes.is_main else False,
+            ) as progress,
         ):
             try:
                 self._evaluate_if_due(log, interrupts, progress)
@@ -258,7 +267,8 @@ class Trainer:
                     if self._is_due(self.options.save_every) and self.step < self.steps:
                         progress.doing("saving")
                         self._save()
-                    interrupts.check()
+                    if self._processes.any(interrupts.requested):
+                        raise KeyboardInterrupt
             except KeyboardInterrupt:
                 # The check above or in an evaluation: between two steps, so all is whole. A second
                 # Ctrl-C may come amid a step, and then nothing may be saved.
@@ -277,11 +287,18 @@ class Trainer:
         batches = [next(self._batches) for _ in range(self.options.gradient_accumulation)]
         targets = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
         # Each stream's memory at its longest: what this step had to read.
-        memory_tokens = len(self.model.memory)
-        loss = 0.0
-        for batch in batches:
-            loss += self._accumulate_gradient(batch, targets, step)
-        norm = self._clip_gradient()
+        held = len(self.model.memory)
+        parts = [
+            self._accumulate_gradient(
+                self._processes.share(batch), targets, last=number == len(batches)
+            )
+            for number, batch in enumerate(batches, start=1)
+        ]
+        gathered = self._processes.gather(float(torch.stack(parts).sum()), held)
+        loss = math.fsum(part for part, _ in gathered)
+        if not math.isfinite(loss):
+            raise self._diverged(step, "loss", loss)
+        norm = self._processes.clip(self._optimizer.param_groups, self.options.max_gradient_norm)
         if not math.isfinite(norm):
             raise self._diverged(step, "gradient norm", norm)
         self._optimizer.step()
@@ -300,15 +317,16 @@ class Trainer:
             "gradient_norm": norm,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "memory_tokens": memory_tokens,
+            "memory_tokens": int(max(tokens for _, tokens in gathered)),
             "gate_mean": self._gate_mean(),
         }
 
-    def _accumulate_gradient(self, batch: Batch, targets: int, step: int) -> float:
-        """Add one batch's part of the step's gradient; give its part of the step's loss."""
+    def _accumulate_gradient(self, batch: Batch, targets: int, *, last: bool) -> Tensor:
+        """Add this process's part of a batch to the gradient; give its part of the step's loss."""
         device = self.model.device
-        with self._accelerator.autocast():
-            logits = self.model(
+        processes = self._processes
+        with processes.accumulating(last), processes.accelerator.autocast():
+            logits = self._forward(
                 batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
                 update_memory=True,
@@ -324,22 +342,14 @@ class Trainer:
             )
             / targets
         )
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._diverged(step, "loss", value)
-        self._accelerator.backward(loss)
+        with processes.accumulating(last):
+            # Gradients are averaged over processes, and the loss is a sum over them.
+            (loss * processes.count).backward()
         # After the backward pass, which reads the memory once more. A memory that all rows share
         # has no row to clear: it goes on over the ends of documents.
         if not self.model.memory.shared:
             self.model.memory.clear(batch.ends.nonzero().flatten().tolist())
-        return value
-
-    def _clip_gradient(self) -> float:
-        limit = self.options.max_gradient_norm
-        norm = self._accelerator.clip_grad_norm_(
-            list(self._parameters.values()), math.inf if limit is None else limit
-        )
-        return float(norm)
+        return loss.detach()
 
     def _gate_mean(self) -> float:
         gates = [torch.sigmoid(gate.detach()).flatten() for gate in self.model.side_network.gates]
@@ -367,8 +377,12 @@ class Trainer:
             return
         progress.doing("evaluating")
         began = time.perf_counter()
-        with self._accelerator.autocast():
-            found = measure_perplexities(self.model, self._sample, before_segment=interrupts.check)
+        # Each process does all of it: layers in pieces need everybody at every segment. So none
+        # may stop amid it either.
+        alone = self._processes.count == 1
+        check = interrupts.check if alone else lambda: None
+        with self._processes.accelerator.autocast():
+            found = measure_perplexities(self.model, self._sample, before_segment=check)
         if not all(math.isfinite(value) for value in (found.memory_on, found.memory_off)):
             raise self._diverged(self.step, "validation perplexity", found.memory_on)
         log.write(
@@ -389,9 +403,21 @@ class Trainer:
     # ---------------------------------------------------------------- saving, resuming
 
     def _save(self) -> Path:
-        for name, parameter in self._parameters.items():
-            if not bool(parameter.isfinite().all()):
+        weights = {name: whole(weight.detach()) for name, weight in self._parameters.items()}
+        for name, weight in weights.items():
+            if not bool(weight.isfinite().all()):
                 raise self._diverged(self.step, f"weight {name}", math.nan)
+        tensors = checkpoints.optimizer_tensors(self._optimizer, self._parameters)
+        moments = {name: whole(value) for name, value in tensors.items()}
+
+        def write(directory: Path) -> None:
+            if self._processes.is_main:
+                checkpoints.write_tensors(directory / "side_network.safetensors", weights)
+                checkpoints.write_tensors(directory / "optimizer.safetensors", moments)
+            random = checkpoints.random_tensors()
+            checkpoints.write_tensors(directory / self._own("random", ".safetensors"), random)
+            self.model.memory.save(directory / self._own("memory"))
+
         return checkpoints.write_checkpoint(
             self.output,
             step=self.step,
@@ -400,21 +426,16 @@ class Trainer:
                 "seconds": self.seconds,
                 "data": self._batches.state_dict(),
             },
-            write=self._write_state,
+            write=write,
             keep=self.options.keep_checkpoints,
+            is_main=self._processes.is_main,
+            wait=self._processes.wait,
         )
 
-    def _write_state(self, directory: Path) -> None:
-        checkpoints.write_tensors(
-            directory / "side_network.safetensors",
-            {name: parameter.detach() for name, parameter in self._parameters.items()},
-        )
-        checkpoints.write_tensors(
-            directory / "optimizer.safetensors",
-            checkpoints.optimizer_tensors(self._optimizer, self._parameters),
-        )
-        checkpoints.write_tensors(directory / "random.safetensors", checkpoints.random_tensors())
-        self.model.memory.save(directory / "memory")
+    def _own(self, name: str, suffix: str = "") -> str:
+        """Name a file of a checkpoint that each process has one of."""
+        alone = self._processes.count == 1
+        return f"{name}{suffix}" if alone else f"{name}-{self._processes.index}{suffix}"
 
     def _restore(self) -> None:
         saved = _read_run(self.output)
@@ -428,16 +449,17 @@ class Trainer:
         weights = checkpoints.read_tensors(path / "side_network.safetensors")
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(weights[name])
+                put(parameter, weights[name])
         checkpoints.restore_optimizer(
             self._optimizer,
             self._parameters,
             checkpoints.read_tensors(path / "optimizer.safetensors"),
         )
-        self.model.memory.load(path / "memory")
+        self.model.memory.load(path / self._own("memory"))
         self._batches.load_state_dict(state["data"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        checkpoints.restore_random(checkpoints.read_tensors(path / "random.safetensors"))
+        random = checkpoints.read_tensors(path / self._own("random", ".safetensors"))
+        checkpoints.restore_random(random)
 
     def _describe_settings(
         self, documents: Sequence[TokenDocument], validation: Sequence[TokenDocument]
@@ -445,6 +467,7 @@ class Trainer:
         settings = {
             "options": self.options.to_dict(),
             "memory": self.model.memory_config.to_dict(),
+            "machine": {"processes": self._processes.count},
             "backbone": {
                 "backbone_fingerprint": adapter_checkpoint.fingerprint(self.model.backbone),
             },
@@ -487,17 +510,21 @@ class Trainer:
                 backbone=entry["perplexity_backbone"],
                 tokens=entry["evaluated_tokens"],
             )
-        self.model.save_pretrained(self.output)
-        plot = None if plotting_problem() else plot_curves(self.output)
-        self._write_run(
-            finished=True,
-            results={
-                "steps": self.step,
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "perplexities": None if perplexities is None else asdict(perplexities),
-            },
-        )
+        main = self._processes.is_main
+        self.model.save_pretrained(self.output, is_main_process=main)
+        drawn = main and not plotting_problem()
+        plot = plot_curves(self.output) if drawn else None
+        if main:
+            self._write_run(
+                finished=True,
+                results={
+                    "steps": self.step,
+                    "tokens": self.tokens,
+                    "seconds": self.seconds,
+                    "perplexities": None if perplexities is None else asdict(perplexities),
+                },
+            )
+        self._processes.wait()
         return TrainingResult(
             output=self.output,
             log=log.path,
@@ -524,26 +551,6 @@ def _check_sample(sample: Sequence[Tensor], segment_length: int, options: Traini
         f"every validation document fits in one segment of segment_length={segment_length} tokens "
         f"(longest: {longest + 1}), so that memory is never read; give longer documents, or none"
     )
-
-
-def _make_accelerator(options: TrainingOptions, device: torch.device) -> Accelerator:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    precision = {"fp32": "no", "bf16": "bf16"}[options.dtype]
-    on_cpu = device.type == "cpu"
-    try:
-        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, device_placement=False)
-    except ValueError:
-        # One process has one accelerate state, and an earlier run in it had other settings.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, device_placement=False)
-    if accelerator.num_processes != 1:
-        raise ConfigError(
-            f"training runs in one process, got {accelerator.num_processes}; start it without "
-            f"accelerate launch"
-        )
-    return accelerator
 
 
 def _digest(sequences: Any) -> str:

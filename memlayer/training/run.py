@@ -14,6 +14,7 @@ from memlayer.errors import BackendUnavailableError
 from memlayer.model import wrap
 from memlayer.plugins import default_plugins
 from memlayer.training.loop import TrainingResult, check_output, train
+from memlayer.training.processes import local_device
 
 if TYPE_CHECKING:
     from memlayer.config import LongMemConfig
@@ -62,7 +63,7 @@ def train_from_names(
     if reason is not None:
         raise BackendUnavailableError(f"backend {config.backend!r} cannot run here: {reason}")
     check_output(output, resume=resume)
-    place = choose_device(device)
+    place = local_device(choose_device(device))
     documents = load_documents(data, split="all" if validation_data else "train")
     validation = (
         load_documents(validation_data, split="all")

@@ -1,0 +1,125 @@
+"""Training in two real processes: the same run as in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import memlayer
+from memlayer.training import read_log
+
+SCRIPT = Path(__file__).with_name("launched.py")
+SHARED = {"ddp": ["--multi_gpu"], "fsdp2": ["--use_fsdp", "--fsdp_version", "2"]}
+
+
+def launch(
+    how: str, *arguments: object, program: Sequence[str] = (str(SCRIPT),)
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in one process, or in two that accelerate starts."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable]
+    if how != "one":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "accelerate.commands.launch", *SHARED[how], "--num_processes", "2"]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", str(port)]
+    command += [*program, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def check(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_checkpoint: Callable[[str], Path]) -> Path:
+    return tiny_checkpoint("llama")
+
+
+@pytest.fixture(scope="module")
+def one(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train in one process."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    check(launch("one", backbone, output))
+    return output
+
+
+def values(run: Path, name: str) -> list[float]:
+    return [entry[name] for entry in read_log(run) if name in entry]
+
+
+@pytest.mark.parametrize(("how", "tolerance"), [("ddp", 1e-5), ("fsdp2", 1e-4)])
+def test_two_processes_train_as_one_does_also_when_killed_and_resumed(
+    how: str, tolerance: float, backbone: Path, one: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = launch(how, backbone, whole)
+    check(result)
+    held = re.findall(r"holds (\d+) of (\d+) weights", result.stdout)
+    part = 0.5 if how == "fsdp2" else 1.0
+    assert len(held) == 2
+    assert all(int(here) / int(every) == pytest.approx(part, abs=0.05) for here, every in held)
+    assert len(values(one, "loss")) == len(values(whole, "loss")) == 50
+    differences = [
+        abs(a - b) for a, b in zip(values(one, "loss"), values(whole, "loss"), strict=True)
+    ]
+    print(f"{how}: largest difference of a loss {max(differences):.2g}")
+    assert max(differences) < tolerance
+    for name in ("memory_tokens", "tokens"):
+        assert values(one, name) == values(whole, name)
+    for name in ("gradient_norm", "perplexity_memory_on", "perplexity_memory_off"):
+        assert values(whole, name) == pytest.approx(values(one, name), rel=1e-4)
+
+    assert launch(how, backbone, killed, 4, 27).returncode != 0
+    assert values(killed, "step")[-1] >= 26
+    names = {path.name for path in (killed / "checkpoints" / "step-000020").iterdir()}
+    assert {"memory-0", "memory-1", "random-0.safetensors", "random-1.safetensors"} < names
+    if how == "ddp":
+        refused = launch("one", backbone, killed)
+        assert refused.returncode != 0
+        assert "processes was 2 when this run began, got 1" in refused.stderr
+    check(launch(how, backbone, killed))
+    assert values(killed, "loss") == values(whole, "loss")
+    weights, again = (load_file(run / "adapter_model.safetensors") for run in (whole, killed))
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    own = load_file(one / "adapter_model.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, own[name], rtol=0, atol=1e-3)
+    memlayer.load(whole, backbone=memlayer.load_backbone(str(backbone)).model)
+    assert json.loads((whole / "training.json").read_text())["machine"] == {"processes": 2}
+
+
+def test_rows_that_cannot_be_shared_out_are_refused(backbone: Path, tmp_path: Path) -> None:
+    result = launch("ddp", backbone, tmp_path / "run", 3)
+    assert result.returncode != 0
+    message = "batch_size must be a multiple of the 2 processes that share its rows, got 3"
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_trains_in_two_processes_and_one_of_them_speaks(
+    backbone: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a chunk of memory, a layer, a gate. " * 8)
+    options = ["train", "--backbone", backbone, "--output", tmp_path / "run", "--batch-size", "2"]
+    options += ["--data", text, "--validation-data", text, "--steps", "2", "--device", "cpu"]
+    options += ["--segment-length", "16", "--memory-size", "64", "--top-k", "8"]
+    options += ["--eval-tokens", "64", "--backend", "torch"]
+    result = launch("ddp", *options, program=["-m", "memlayer_cli"])
+    check(result)
+    assert result.stdout.count(f"checkpoint: {tmp_path / 'run'}") == 1
+    assert values(tmp_path / "run", "step")[-1] == 2
