@@ -28,6 +28,7 @@ from memlayer.errors import CheckpointError, ConfigError
 from memlayer.json_fields import read_json_object
 from memlayer.narrow_weights import narrow, widen
 from memlayer.pieces import whole
+from memlayer.plain_linear import unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -278,10 +279,15 @@ def _architecture(backbone: PreTrainedModel) -> dict[str, Any]:
 
 def _sketch(backbone: PreTrainedModel) -> Tensor:
     """Sample weights from all over a backbone: ``(64,)``, float32, on the CPU."""
-    matrices = [weight for weight in backbone.parameters() if weight.dim() > 1]
+    # A library may lay out what it packed into integers anew once it is used.
+    matrices = [
+        weight
+        for weight in backbone.parameters()
+        if weight.dim() > 1 and weight.dtype.is_floating_point
+    ]
     picked = [matrices[number * len(matrices) // _SKETCHED] for number in range(_SKETCHED)]
     values = [
-        whole(weight.detach()).flatten()[(7919 * number) % weight.numel()]
+        unpacked(whole(weight.detach())).flatten()[(7919 * number) % weight.numel()]
         for number, weight in enumerate(picked)
     ]
     return torch.stack([value.float().cpu() for value in values])

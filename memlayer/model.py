@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from memlayer import checkpoint
 from memlayer.capture import BackboneStates, run_backbone
 from memlayer.config import LongMemConfig
 from memlayer.discovery import parts_of
-from memlayer.errors import BackendUnavailableError, ConfigError
+from memlayer.errors import BackendUnavailableError, ConfigError, UnsupportedModelError
 from memlayer.generation import MemoryGeneration, WindowCache, advance, new_window
 from memlayer.head import logits_of
 from memlayer.ingestion import memorize_stream
@@ -375,6 +375,35 @@ class LongMemModel(nn.Module, MemoryGeneration):
             self.memory = self.new_memory()
         return self
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Train with less memory and more time: side layers run again in the backward pass.
+
+        Memory is searched once all the same. With a KV cache nothing is run again.
+
+        Args:
+            gradient_checkpointing_kwargs: Hugging Face's; ``use_reentrant=False`` is what is done.
+
+        Raises:
+            ConfigError: if they ask for anything else.
+        """
+        asked = gradient_checkpointing_kwargs or {}
+        if asked not in ({}, {"use_reentrant": False}):
+            raise ConfigError(
+                f"gradient checkpointing is the one with use_reentrant=False, got {asked}"
+            )
+        self.side_network.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all that the backward pass needs, as is the default."""
+        self.side_network.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether side layers run again in the backward pass."""
+        return self.side_network.gradient_checkpointing
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Go through the side network's parameters."""
         return self.side_network.parameters()
@@ -454,7 +483,8 @@ def wrap(
     undoes that. The side network is in the mode that the backbone was in.
 
     Args:
-        backbone: a causal-LM model of a family that an adapter describes.
+        backbone: a causal-LM model. It may be quantized, or carry a PEFT adapter (a `PeftModel`, or
+            one that was injected), which stays frozen; side layers start from what both compute.
         config: settings; the defaults if None.
         plugins: where backends and adapters come from; what is installed if None.
 
@@ -464,7 +494,20 @@ def wrap(
         BackendUnavailableError: if the backend's package or device is missing.
         ConfigError: if a setting does not fit the backbone.
     """
-    return LongMemModel(backbone, LongMemConfig() if config is None else config, plugins)
+    return LongMemModel(_base(backbone), LongMemConfig() if config is None else config, plugins)
+
+
+def _base(backbone: Any) -> PreTrainedModel:
+    """Give the model that a `PeftModel` has put its layers into."""
+    if not hasattr(backbone, "get_base_model"):
+        return cast("PreTrainedModel", backbone)
+    settings = backbone.active_peft_config
+    if settings.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"the backbone's adapter is {settings.peft_type.value}, which puts a prompt before the "
+            "text and so is no part of the model itself; give a model without it"
+        )
+    return cast("PreTrainedModel", backbone.get_base_model())
 
 
 def _backend_maker(

@@ -29,22 +29,25 @@ flash attention serve alike, and no attention code is copied.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from memlayer.attention import fuse, memory_attention
 from memlayer.capture import BackboneStates, LayerCall, first_tensor
-from memlayer.errors import ConfigError
+from memlayer.errors import ConfigError, UnsupportedModelError
+from memlayer.plain_linear import is_packed, plain_linears
 from memlayer.rotation import rotated
 
 if TYPE_CHECKING:
     from memlayer.config import LongMemConfig
     from memlayer.decoders import DecoderParts
-    from memlayer.memory import MemoryReader
+    from memlayer.memory import MemoryReader, Retrieved
 
 
 GENTLE_GATE = -2.0
@@ -70,6 +73,8 @@ class SideNetwork(nn.Module):
             arguments it is called.
         readers: for each memory layer, the side layer that reads it.
         outputs: the backbone layers, rising, whose outputs `forward` needs.
+        gradient_checkpointing: whether training keeps only each layer's input and runs the layer
+            again in the backward pass. Memory is searched once all the same.
     """
 
     def __init__(self, parts: DecoderParts, config: LongMemConfig) -> None:
@@ -91,12 +96,12 @@ class SideNetwork(nn.Module):
         for reader, layer in zip(self.readers, memory_layers, strict=True):
             sources[reader] = layer
         self.sources = tuple(sources)
-        numbered = _layer_numbers(parts.layers)
+        numbered, dtype = _layer_numbers(parts.layers), _dtype(parts)
         self.layers = nn.ModuleList(
-            _copy_layer(parts.layers[source], numbered, depth + number)
+            _copy_layer(parts.layers[source], numbered, depth + number, dtype)
             for number, source in enumerate(sources)
         )
-        self.norm = _copy_module(parts.final_norm)
+        self.norm = _copy_module(parts.final_norm, dtype)
         self.replaces = config.side_init == "replace"
         needed = set(self.boundaries)
         if self.replaces:
@@ -108,6 +113,7 @@ class SideNetwork(nn.Module):
         self.scales: nn.Parameter | None = None
         if config.side_init == "identity":
             self.scales = nn.Parameter(torch.zeros(len(sources), device=_device(parts)))
+        self.gradient_checkpointing = False
         self.memory_distance = config.memory_distance
         self.normed_residual = config.normed_residual
 
@@ -127,6 +133,13 @@ class SideNetwork(nn.Module):
         if self.normed_residual:
             end = self.boundaries[-1]
             above[end] = self._parts.final_norm(states.hidden_states[-1]).to(dtype)
+        # A cache would be given the same tokens twice.
+        recompute = (
+            self.gradient_checkpointing
+            and self.training
+            and torch.is_grad_enabled()
+            and states.past_key_values is None
+        )
         hidden, covered = above[-1], -1
         for number, (boundary, source) in enumerate(
             zip(self.boundaries, self.sources, strict=True)
@@ -134,10 +147,10 @@ class SideNetwork(nn.Module):
             call = states.calls[number]
             if self.replaces:
                 reached = hidden + (above[source - 1] - above[covered])
-                output, _ = self._run(number, reached, call, memory)
+                output, _ = self._run(number, reached, call, memory, recompute)
                 hidden = output + (above[boundary] - above[source])
             else:
-                output, changes = self._run(number, hidden, call, memory)
+                output, changes = self._run(number, hidden, call, memory, recompute)
                 if self.scales is not None:
                     scale = self.scales[number].to(dtype)
                     output = hidden + scale * (output - hidden)
@@ -149,16 +162,32 @@ class SideNetwork(nn.Module):
         return normed
 
     def _run(
-        self, number: int, hidden: Tensor, call: LayerCall, memory: MemoryReader | None
+        self,
+        number: int,
+        hidden: Tensor,
+        call: LayerCall,
+        memory: MemoryReader | None,
+        recompute: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run one side layer; give its output and what memory changed in its attention's."""
-        layer, changes = self.layers[number], list[Tensor]()
-        with ExitStack() as hooks:
-            if memory is not None and memory.is_readable and number in self.readers:
-                reading = self._reading(layer, self.readers.index(number), memory, changes)
-                hooks.enter_context(reading)
-            output = first_tensor(layer(hidden, *call.args, **call.kwargs))
-        return output, changes
+        layer = self.layers[number]
+        # By the backward pass memory may hold this very segment: what was found is kept.
+        found: list[Retrieved] = []
+        reads = memory is not None and memory.is_readable and number in self.readers
+
+        def run(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+            changes: list[Tensor] = []
+            with ExitStack() as hooks:
+                if memory is not None and reads:
+                    reader = self.readers.index(number)
+                    hooks.enter_context(self._reading(layer, reader, memory, found, changes))
+                output = first_tensor(layer(hidden, *call.args, **call.kwargs))
+            return output, changes
+
+        if recompute:
+            again: tuple[Tensor, list[Tensor]] = checkpoint(run, hidden, use_reentrant=False)
+            return again
+        return run(hidden)
 
     def parameter_groups(
         self, *, learning_rate: float, gate_learning_rate: float, weight_decay: float
@@ -182,10 +211,16 @@ class SideNetwork(nn.Module):
 
     @contextmanager
     def _reading(
-        self, layer: nn.Module, number: int, memory: MemoryReader, changes: list[Tensor]
+        self,
+        layer: nn.Module,
+        number: int,
+        memory: MemoryReader,
+        found: list[Retrieved],
+        changes: list[Tensor],
     ) -> Iterator[None]:
         """Let one layer's attention read memory layer ``number`` while this is entered.
 
+        What was retrieved goes to ``found``, and is taken from there if it is there already.
         What memory changes in the attention's output, ``(B, T, E)``, goes to ``changes``.
         """
         parts, gate = self._parts, self.gates[number]
@@ -198,7 +233,9 @@ class SideNetwork(nn.Module):
 
         def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query = queries.pop()
-            retrieved = memory.retrieve(query, layer=number)
+            if not found:
+                found.append(memory.retrieve(query, layer=number))
+            retrieved = found[0]
             recalled = memory_attention(self.rotate(query), retrieved, self.scaling(number))
             # (B, T, H * D) <-> (B, H, T, D)
             local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)
@@ -246,18 +283,23 @@ def _layer_numbers(layers: nn.ModuleList) -> list[tuple[str, str]]:
     ]
 
 
-def _copy_layer(layer: nn.Module, numbered: Sequence[tuple[str, str]], number: int) -> nn.Module:
+def _copy_layer(
+    layer: nn.Module, numbered: Sequence[tuple[str, str]], number: int, dtype: torch.dtype
+) -> nn.Module:
     """Copy a decoder layer as a trainable one with a place of its own in the KV cache."""
-    copied = _copy_module(layer)
+    copied = _copy_module(layer, dtype)
     for path, name in numbered:
         setattr(copied.get_submodule(path), name, number)
     return copied
 
 
-def _copy_module(module: nn.Module) -> nn.Module:
+def _copy_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     # Configurations stay shared, so that a change of attention implementation reaches the copies.
-    shared = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
-    copied = copy.deepcopy(module, shared)
+    shared: dict[int, Any] = {
+        id(part.config): part.config for part in module.modules() if hasattr(part, "config")
+    }
+    made = [(id(part), linear) for part, linear in plain_linears(module, dtype)]
+    copied = copy.deepcopy(module, shared | dict(made))
     for part in copied.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
@@ -265,7 +307,20 @@ def _copy_module(module: nn.Module) -> nn.Module:
         become: Callable[[], None] | None = getattr(part, "to_side_network", None)
         if become is not None:
             become()
+    for name, weight in copied.named_parameters():
+        if is_packed(weight):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} keeps {name} as {type(weight.data).__name__} of "
+                f"{weight.dtype} and not in a linear map, so a side layer cannot be made of it; "
+                "load the backbone unquantized"
+            )
     return copied.requires_grad_(True)
+
+
+def _dtype(parts: DecoderParts) -> torch.dtype:
+    """Give what layers compute with: norms, which no quantiser touches, are kept in it."""
+    weights = itertools.chain(parts.final_norm.parameters(), parts.layers.parameters())
+    return next((weight.dtype for weight in weights if not is_packed(weight)), torch.float32)
 
 
 def _device(parts: DecoderParts) -> torch.device:

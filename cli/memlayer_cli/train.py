@@ -123,6 +123,14 @@ def train(
         TrainingDtype,
         typer.Option(help="Precision of the arithmetic.", rich_help_panel=_TRAINING_PANEL),
     ] = OPTIONS.dtype,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Less memory, more time: side layers run twice.",
+            rich_help_panel=_TRAINING_PANEL,
+        ),
+    ] = OPTIONS.gradient_checkpointing,
     device: Annotated[
         str,
         typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_TRAINING_PANEL),
@@ -183,6 +191,7 @@ def train(
         gate_learning_rate=gate_learning_rate,
         warmup=warmup,
         dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
         seed=seed,
         eval_every=eval_every,
         eval_tokens=eval_tokens,

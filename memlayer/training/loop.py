@@ -207,6 +207,8 @@ class Trainer:
             _check_sample(self._sample, self.segment_length, options)
         self._processes = Processes(options, model.device)
         self._settings = self._describe_settings(documents, validation)
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         self._forward = self._processes.prepare(model)
         self._parameters = {
             name: parameter

@@ -14,8 +14,10 @@ from memlayer.errors import ConfigError
 
 TrainingDtype = Literal["fp32", "bf16"]
 
-MAY_CHANGE_ON_RESUME = frozenset({"eval_every", "save_every", "keep_checkpoints"})
-"""Options that say when to look or save, and so leave every loss as it is."""
+MAY_CHANGE_ON_RESUME = frozenset(
+    {"eval_every", "save_every", "keep_checkpoints", "gradient_checkpointing"}
+)
+"""Options that leave every loss as it is: when to look or save, and what to compute twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,10 @@ class TrainingOptions:
     dtype: TrainingDtype = "fp32"
     """``"bf16"``: forward and backward under bfloat16 autocast. Weights stay float32."""
 
+    gradient_checkpointing: bool = False
+    """Keep only the input of each side layer, and run the layer again in the backward pass: less
+    memory, more time."""
+
     seed: int = 0
     """Seed of the document order and of dropout."""
 
@@ -120,6 +126,10 @@ class TrainingOptions:
                     f"max_gradient_norm must be above 0, or None for no limit, got "
                     f"{self.max_gradient_norm}"
                 )
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ConfigError(
+                f"gradient_checkpointing must be True or False, got {self.gradient_checkpointing!r}"
+            )
         if self.dtype not in get_args(TrainingDtype):
             raise ConfigError(
                 f"dtype must be one of {', '.join(get_args(TrainingDtype))}, got {self.dtype!r}"

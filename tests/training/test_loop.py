@@ -288,3 +288,60 @@ def test_a_validation_that_never_reads_memory_is_refused(
             output=tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("side_init", ["replace", "identity"])
+def test_gradient_checkpointing_changes_no_loss_and_no_weight(
+    side_init, make_model, tokenizer, documents, make_options, tmp_path
+):
+    models = {}
+    for again in (False, True):
+        # GPT-2, which has dropout: what is run again draws the same random numbers.
+        models[again] = model = make_model(side_init=side_init)
+        options = make_options(
+            steps=8, gradient_accumulation=2, max_gradient_norm=None, gradient_checkpointing=again
+        )
+        train(model, tokenizer, documents, [], options, output=tmp_path / str(again))
+        assert model.is_gradient_checkpointing == again
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+    for name, value in models[True].side_network.state_dict().items():
+        assert torch.equal(value, models[False].side_network.state_dict()[name]), name
+
+
+def test_gradient_checkpointing_searches_once_and_keeps_less(make_model):
+    model = make_model("llama").train()
+    input_ids = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(0))
+    model.memorize(input_ids)
+    searches, kept = [], []
+    retrieve = model.memory.retrieve
+
+    def counting(*arguments, **keywords):
+        searches.append(1)
+        return retrieve(*arguments, **keywords)
+
+    model.memory.retrieve = counting
+    gradients = {}
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        size = 0
+
+        def note(tensor):
+            nonlocal size
+            size += tensor.numel()
+            return tensor
+
+        searches.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(input_ids, labels=input_ids, update_memory=again).loss
+        loss.backward()
+        assert len(searches) == 1
+        kept.append(size)
+        gradients[again] = [p.grad.clone() for p in model.trainable_parameters()]
+        model.zero_grad()
+    assert kept[1] < 0.7 * kept[0]
+    assert all(torch.equal(*pair) for pair in zip(*gradients.values(), strict=True))
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    with pytest.raises(ConfigError, match="use_reentrant=False, got"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
