@@ -327,7 +327,10 @@ class LongMemModel(nn.Module, MemoryGeneration):
             setattr(self, switch, before)
 
     def unwrap(self) -> PreTrainedModel:
-        """Give the backbone back as it was before `wrap`; this model is not to be used after."""
+        """Give the backbone back as it was before `wrap`; this model is not to be used after.
+
+        Of a `PeftModel` it is the model inside, with the adapter's layers in it.
+        """
         for parameter, required in self._required_grad:
             parameter.requires_grad_(required)
         for module, training in self._was:

@@ -17,9 +17,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def put(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole value into a tensor that may be in pieces, in place."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if isinstance(tensor, DTensor):
+        assert isinstance(tensor, DTensor)
         value = distribute_tensor(
             value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
         )

@@ -42,7 +42,8 @@ def is_packed(weight: Tensor) -> bool:
     """Whether a weight is kept in few bits, and cannot be trained as it is."""
     if hasattr(weight, "full_tensor"):  # in pieces, each of them plain
         return False
-    return not weight.dtype.is_floating_point or type(weight.data) is not torch.Tensor
+    few = not weight.dtype.is_floating_point or weight.element_size() < 2  # or float8, with a scale
+    return few or type(weight.data) is not torch.Tensor
 
 
 def unpacked(weight: Tensor) -> Tensor:
@@ -62,9 +63,12 @@ def _plain(part: Any, dtype: torch.dtype) -> nn.Linear:
     units = torch.eye(part.in_features, dtype=dtype, device=device)
     with evaluating(part):
         images, zero = part(units[None])[0].float(), part(torch.zeros_like(units[:1])[None])[0]
-    bias = getattr(getattr(part, "base_layer", part), "bias", None)
-    made = nn.Linear(part.in_features, part.out_features, bias=bias is not None, device=device)
+    # An adapter may bring a bias of its own, and so may have none at zero.
+    bias = getattr(getattr(part, "base_layer", part), "bias", None) is not None or bool(zero.any())
+    made: nn.Linear = nn.utils.skip_init(
+        nn.Linear, part.in_features, part.out_features, bias=bias, device=device
+    )
     made.weight.copy_((images - zero.float()).T)
-    if bias is not None:
+    if bias:
         made.bias.copy_(zero[0])
     return made

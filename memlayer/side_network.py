@@ -31,7 +31,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,16 +171,18 @@ class SideNetwork(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Run one side layer; give its output and what memory changed in its attention's."""
         layer = self.layers[number]
+        reads = memory is not None and memory.is_readable and number in self.readers
         # By the backward pass memory may hold this very segment: what was found is kept.
         found: list[Retrieved] = []
-        reads = memory is not None and memory.is_readable and number in self.readers
 
         def run(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
             changes: list[Tensor] = []
-            with ExitStack() as hooks:
-                if memory is not None and reads:
-                    reader = self.readers.index(number)
-                    hooks.enter_context(self._reading(layer, reader, memory, found, changes))
+            reading: AbstractContextManager[None] = nullcontext()
+            if reads:
+                assert memory is not None
+                reader = self.readers.index(number)
+                reading = self._reading(layer, reader, memory, found, changes)
+            with reading:
                 output = first_tensor(layer(hidden, *call.args, **call.kwargs))
             return output, changes
 
@@ -188,6 +190,11 @@ class SideNetwork(nn.Module):
             again: tuple[Tensor, list[Tensor]] = checkpoint(run, hidden, use_reentrant=False)
             return again
         return run(hidden)
+
+    @property
+    def mixing_parameters(self) -> list[nn.Parameter]:
+        """Gates and layer scales: single numbers, in no module that is called with anything."""
+        return [*self.gates, *([] if self.scales is None else [self.scales])]
 
     def parameter_groups(
         self, *, learning_rate: float, gate_learning_rate: float, weight_decay: float
@@ -198,7 +205,7 @@ class SideNetwork(nn.Module):
             Three groups: matrices, with decay; vectors (norms, biases), without; gates and layer
             scales, with their own learning rate and without decay.
         """
-        gates = [*self.gates, *([] if self.scales is None else [self.scales])]
+        gates = self.mixing_parameters
         known = {id(parameter) for parameter in gates}
         weights = [weight for weight in self.parameters() if id(weight) not in known]
         matrices = [weight for weight in weights if weight.dim() > 1]

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import memlayer
 from memlayer.decoders import describe, find_parts
 from memlayer.discovery import discover
-from memlayer.errors import UnsupportedModelError
+from memlayer.errors import ConfigError, UnsupportedModelError
 from memlayer.plugins import default_plugins
 from memlayer.testing import DecoderConformance
 
@@ -34,7 +34,9 @@ SIZES = {
     "eos_token_id": 2,
 }
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+BART = {"encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4, "head_dim": None}
 FOUND: dict[str, dict[str, Any]] = {
+    "bart": BART | {"decoder_ffn_dim": 48, "is_decoder": True, "is_encoder_decoder": False},
     "bloom": {"n_head": 4, "n_layer": 4},
     "falcon": {"alibi": False, "multi_query": True, "head_dim": None},
     "gemma2": {"sliding_window": 8},
@@ -128,6 +130,19 @@ def test_the_probe_leaves_a_model_as_it_was(model_type: str) -> None:
 def test_parts_are_found_in_other_dtypes_too(dtype: torch.dtype) -> None:
     parts = discover(make("stablelm").to(dtype))
     assert parts.scalings == pytest.approx([8**-0.5] * 4, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "most"),
+    # BART's table is called with the token ids, and looks at their shape only.
+    [("bart", 128), ("gpt_bigcode", 128), ("bloom", None), ("gemma2", None)],
+)
+def test_a_table_of_positions_is_told_from_one_of_words(model_type: str, most: int | None) -> None:
+    model = memlayer.wrap(make(model_type, **FOUND[model_type]))
+    assert model.parts.max_positions == most
+    if most is not None:
+        with pytest.raises(ConfigError, match=f"learned positions for {most} tokens, got 129"):
+            model(torch.ones(1, 129, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

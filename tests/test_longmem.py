@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -171,6 +172,33 @@ def test_a_fairseq_file_is_read_without_running_its_code(
     with pytest.raises(CheckpointError, match=r"more than tensors and plain values.*\.safetens"):
         convert_longmem(tmp_path / "code.pt", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"x": 3}}, "its 'model' has int under 'x', where a tensor"),
+        ({"model": {3: torch.zeros(1)}}, "its 'model' has Tensor under 3, where a tens"),
+        ({"cfg": {"model": {"k": "many"}}}, "says k='many', which is no whole number"),
+        ({"cfg": 3, "args": {"chunk_size": 2.5}}, r"says chunk_size=2\.5, which is no whole num"),
+    ],
+)
+def test_odd_values_in_a_file_are_named(
+    released: Reference, tmp_path: Path, content: dict[str, Any], message: str
+) -> None:
+    torch.save({"model": released.state} | content, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=message):
+        convert_longmem(tmp_path / "c.pt", tmp_path / "run", ReleasedSettings(memory_size=64))
+
+
+@pytest.mark.parametrize("name", ["chunk_size", "top_k"])
+def test_a_setting_of_nothing_is_refused(
+    released: Reference, tmp_path: Path, name: Literal["chunk_size", "top_k"]
+) -> None:
+    save_file(released.state, tmp_path / "c.safetensors")
+    settings = replace(ReleasedSettings(memory_size=64), **{name: 0})
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+        convert_longmem(tmp_path / "c.safetensors", tmp_path / "run", settings)
 
 
 def test_what_is_no_longmem_checkpoint_is_refused(released: Reference, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import memlayer
 from memlayer.errors import UnsupportedModelError
-from memlayer.plain_linear import unpacked
+from memlayer.plain_linear import plain_linears, unpacked
 
 # PEFT asks transformers for what will be renamed, and torchao torch.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -55,25 +55,30 @@ def with_adapter_inside() -> Any:
 class Packed(nn.Module):
     """A linear map in 8 bits with a scale a row: what quantisers have in common."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
-        rounded = (linear.weight.detach() / self.scale).round().to(torch.int8)
-        self.weight = nn.Parameter(rounded, requires_grad=False)
+        scaled = linear.weight.detach() / self.scale
+        packed = scaled if dtype.is_floating_point else scaled.round()
+        self.weight = nn.Parameter(packed.to(dtype), requires_grad=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ (self.weight.to(hidden.dtype) * self.scale).T
 
 
-def packed() -> Any:
+def packed(dtype: torch.dtype = torch.int8) -> Any:
     model = plain()
     for layer in model.model.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, child in list(part.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(part, name, Packed(child))
+                    setattr(part, name, Packed(child, dtype))
     return model
+
+
+def packed_as_float8() -> Any:
+    return packed(torch.float8_e4m3fn)
 
 
 def torchao() -> Any:
@@ -85,7 +90,7 @@ def torchao() -> Any:
     return model
 
 
-KINDS = [in_bfloat16, with_adapter, with_adapter_inside, packed, torchao]
+KINDS = [in_bfloat16, with_adapter, with_adapter_inside, packed, packed_as_float8, torchao]
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -128,6 +133,24 @@ def test_it_stays_itself_and_its_side_network_is_float32_and_starts_as_it(
     again.memorize(input_ids)
     with torch.no_grad():
         assert torch.equal(again(input_ids).logits, model(input_ids).logits)
+
+
+def test_an_adapters_own_bias_is_copied_and_no_random_number_is_drawn() -> None:
+    adapter = peft.LoraConfig(r=4, target_modules="all-linear", lora_bias=True)
+    with pytest.warns(UserWarning, match="has no bias"):
+        model = peft.get_peft_model(plain(), adapter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    layer = model.get_base_model().model.layers[0].eval()
+    state = torch.random.get_rng_state()
+    made = list(plain_linears(layer, torch.float32))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(made) == 7
+    hidden = torch.randn(3, 64)
+    for part, linear in made:
+        assert torch.allclose(linear(hidden), part(hidden), atol=1e-4)
 
 
 def test_a_prompt_that_was_learned_is_no_part_of_a_model() -> None:

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from memlayer.config import LongMemConfig
+
 convert = typer.Typer(no_args_is_help=True, help="Convert another project's checkpoint.")
 
-# The library's default; importing it from there would import torch.
-MEMORY_SIZE = 65_536
-SEGMENT_LENGTH = 1024
+DEFAULTS = LongMemConfig()
 
 
 @convert.callback()
@@ -50,8 +50,12 @@ def longmem(
         int | None,
         typer.Option(help="Tokens read back per token. Default: as the file says, else 64."),
     ] = None,
-    memory_size: Annotated[int, typer.Option(help="Tokens that memory holds.")] = MEMORY_SIZE,
-    segment_length: Annotated[int, typer.Option(help="Tokens of a window.")] = SEGMENT_LENGTH,
+    memory_size: Annotated[
+        int, typer.Option(help="Tokens that memory holds.")
+    ] = DEFAULTS.memory_size,
+    segment_length: Annotated[
+        int, typer.Option(help="Tokens of a window.")
+    ] = DEFAULTS.segment_length,
 ) -> None:
     r"""Convert a checkpoint of LongMem's own code.
 

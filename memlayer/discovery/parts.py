@@ -20,7 +20,7 @@ from memlayer.discovery.matching import (
     same_groups,
     scaling_of,
 )
-from memlayer.discovery.probe import LayerTrace, Trace, run_probe
+from memlayer.discovery.probe import ROWS, LayerTrace, Trace, run_probe
 from memlayer.discovery.products import close
 from memlayer.errors import UnsupportedModelError
 from memlayer.kv_cache import other_kinds
@@ -333,23 +333,34 @@ def _queries(layers: Sequence[LayerTrace]) -> Iterator[tuple[int, Tensor, Tensor
 def _table_size(
     backbone: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList, trace: Trace
 ) -> int | None:
-    """Give the tokens that a table of learned positions holds; None where there is no table."""
+    """Give the tokens that a table of learned positions holds; None where there is no table.
+
+    A table of words says something else in each row; one of positions does not, whatever it is
+    called with (BART's is given the token ids, and looks at their shape only).
+    """
     config = backbone.config.get_text_config(decoder=True)
     most: int | None = getattr(config, "max_position_embeddings", None)
-    words = backbone.get_input_embeddings()
     for event in trace.outside:
         module = decoder.get_submodule(event.path)
         weight = getattr(module, "weight", None)
         if (
             most is not None
-            and module is not words
-            and not (event.given is not None and event.given.equal(trace.ids))
             and isinstance(module, nn.Embedding)
+            and not _differs_by_row(event.output)
             and isinstance(weight, Tensor)
             and weight.shape[0] >= most
         ):
             return most
     return None
+
+
+def _differs_by_row(output: Tensor | None) -> bool:
+    return (
+        output is not None
+        and output.dim() == 3
+        and len(output) == ROWS
+        and not output.eq(output[:1]).all()
+    )
 
 
 def _with_head(backbone: PreTrainedModel, parts: DecoderParts, trace: Trace) -> DecoderParts:

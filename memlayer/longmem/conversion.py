@@ -50,8 +50,8 @@ class ReleasedSettings:
     memory_layer: int | None = None
     chunk_size: int | None = None
     top_k: int | None = None
-    memory_size: int = 65_536
-    segment_length: int = 1024
+    memory_size: int = LongMemConfig.memory_size
+    segment_length: int = LongMemConfig.segment_length
 
 
 def convert_longmem(
@@ -77,7 +77,7 @@ def convert_longmem(
     place, output = Path(checkpoint), Path(output)
     tokenizer = None if vocabulary is None else fairseq_tokenizer(vocabulary)
     state, told = _read(place)
-    model = model_from_state(state, settings or ReleasedSettings(), told, place)
+    model = _model_of(state, settings or ReleasedSettings(), told, place)
     backbone = output / "backbone"
     if tokenizer is not None:
         if len(tokenizer) > model.backbone.config.vocab_size:
@@ -93,11 +93,11 @@ def convert_longmem(
     return model
 
 
-def model_from_state(
+def _model_of(
     state: Mapping[str, Tensor],
     settings: ReleasedSettings,
-    told: Mapping[str, Any] | None = None,
-    place: Path = Path("the state dict"),
+    told: Mapping[str, Any],
+    place: Path,
 ) -> LongMemModel:
     """Make a model of a released state dict.
 
@@ -106,12 +106,7 @@ def model_from_state(
         settings: what they do not tell.
         told: the checkpoint's own settings (``k``, ``chunk_size``, ``retrieval_layer_index``).
         place: for messages.
-
-    Raises:
-        CheckpointError: if tensors are missing, unknown or of other shapes.
-        ConfigError: if a setting does not fit.
     """
-    told = {} if told is None else told
     backbone, side = _sorted(state, place)
     depth, layers = _count(backbone, r"transformer\.h\.(\d+)\."), _count(side, r"layers\.(\d+)\.")
     readers = [name.split(".")[1] for name in side if name.endswith("memory_bias")]
@@ -132,9 +127,8 @@ def model_from_state(
     )
     made = LongMemGPTForCausalLM(config)
     _fill(made, backbone, place)
-    memory_layer = settings.memory_layer
-    if memory_layer is None:
-        memory_layer = int(told.get("retrieval_layer_index", reduction * (reader + 1) - 1))
+    last = reduction * (reader + 1) - 1
+    memory_layer = _chosen(settings.memory_layer, told, "retrieval_layer_index", last, place)
     if memory_layer // reduction != reader:
         raise ConfigError(
             f"memory_layer must be one of {reduction * reader} to {reduction * (reader + 1) - 1}, "
@@ -143,8 +137,10 @@ def model_from_state(
     memory = LongMemConfig(
         memory_layers=(memory_layer,),
         layer_reduction_factor=reduction,
-        chunk_size=settings.chunk_size or int(told.get("chunk_size", 4)),
-        top_k=settings.top_k or int(told.get("k", 64)),
+        chunk_size=_chosen(
+            settings.chunk_size, told, "chunk_size", LongMemConfig.chunk_size, place
+        ),
+        top_k=_chosen(settings.top_k, told, "k", LongMemConfig.top_k, place),
         memory_size=settings.memory_size,
         segment_length=settings.segment_length,
         side_init="backbone",
@@ -174,9 +170,36 @@ def _read(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{place} is no fairseq checkpoint: it has no entry 'model'")
-    told = content.get("args") or (content.get("cfg") or {}).get("model")
-    values = vars(told) if isinstance(told, argparse.Namespace) else told
-    return state, values if isinstance(values, dict) else {}
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise CheckpointError(
+                f"{place} is no fairseq checkpoint: its 'model' has {type(value).__name__} under "
+                f"{name!r:.80}, where a tensor under a name was expected"
+            )
+    # Older files have "args"; newer ones "cfg", a part of which is "model".
+    told = _values(content.get("args")) or _values(_values(content.get("cfg")).get("model"))
+    return state, told
+
+
+def _values(settings: object) -> dict[str, Any]:
+    """Give settings by name, if that is what they are."""
+    if isinstance(settings, argparse.Namespace):
+        return vars(settings)
+    return settings if isinstance(settings, dict) else {}
+
+
+def _chosen(
+    given: int | None, told: Mapping[str, Any], name: str, default: int, place: Path
+) -> int:
+    """Give a setting: the caller's, else the checkpoint's, else the paper's."""
+    if given is not None:
+        return given
+    value = told.get(name, default)
+    if type(value) is not int:
+        raise CheckpointError(
+            f"{place} says {name}={value!r:.80}, which is no whole number; give the setting"
+        )
+    return value
 
 
 def _sorted(

@@ -6,6 +6,7 @@ import copy
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
@@ -89,14 +90,14 @@ class DecoderConformance:
         backbone = self._backbone()
         model = memlayer.wrap(backbone, _config(memory_layers=(0,))).eval()
         if model.parts.max_positions is not None:
-            return  # learned positions are part of what a layer is given
+            pytest.skip("learned positions are part of its keys")
         ids = self._ids(model)[:, :1].expand(-1, 6)
         with torch.no_grad():
             states = model.encode(ids)
             if not torch.allclose(
                 states.hidden_states[0][:, :1].expand(-1, 6, -1), states.hidden_states[0], atol=1e-6
             ):
-                return  # positions are added to the embeddings without a table
+                pytest.skip("positions are part of its keys")
             self._close(states.keys[0][:, :, 5], states.keys[0][:, :, 0])
 
     def test_memory_changes_logits_and_rows_do_not_see_each_other(self) -> None:
@@ -144,7 +145,7 @@ class DecoderConformance:
             own = model.backbone_logits(model.encode(padded, mask))[:, 5:]
             expected = model.backbone_logits(model.encode(ids[:, 5:]))
             if float((own - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
-                return  # a family that counts padding as text
+                pytest.skip("the backbone counts padding as text")
             model.memorize(padded, mask)
             assert len(model.memory) == TOKENS - 5
             by_padded = model(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, 5:]

@@ -3,7 +3,8 @@
     rows of a batch   ──► process 0: rows 0, 1    process 1: rows 2, 3    ...   each with its memory
     gradients         ◄── averaged: by DDP, or by FSDP2, which also keeps each layer in pieces
 
-One process is the case with nothing to share. What a run computes does not depend on their number.
+One process is the case with nothing to share. What a run computes does not depend on their number,
+unless all rows share one memory: each process's rows then share one of their own.
 """
 
 from __future__ import annotations
@@ -48,18 +49,19 @@ class Processes:
     """
 
     def __init__(self, options: TrainingOptions, device: torch.device) -> None:
+        # As accelerate launch says it; on CPUs accelerate itself refuses, or does not look.
+        wanted = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        fsdp = os.environ.get("FSDP_VERSION", "1")
+        if wanted and fsdp != "2":
+            raise ConfigError(
+                f"sharded training is FSDP 2, got version {fsdp}; give accelerate launch "
+                "--fsdp_version 2"
+            )
         self.accelerator = _make_accelerator(options, device)
         self.count: int = self.accelerator.num_processes
         self.index: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
-        # As accelerate launch says it; on CPUs accelerate itself does not look.
-        self.sharded = self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
-        version = os.environ.get("FSDP_VERSION", "1")
-        if self.sharded and version != "2":
-            raise ConfigError(
-                f"sharded training is FSDP 2, got version {version}; give accelerate launch "
-                "--fsdp_version 2"
-            )
+        self.sharded = wanted and self.count > 1
         kind = self.accelerator.distributed_type.value
         if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA"):
             raise ConfigError(f"training runs under DDP or FSDP2, got {kind}; launch it without")
@@ -154,8 +156,7 @@ class Processes:
         side = model.side_network
         for layer in (*model.parts.layers, *side.layers, side.norm):
             fully_shard(layer, reshard_after_forward=True)
-        # Single numbers, which no module of their own is called with.
-        self._replicated = [*side.gates, *([] if side.scales is None else [side.scales])]
+        self._replicated = side.mixing_parameters
 
 
 def local_device(name: str) -> str:
@@ -163,13 +164,21 @@ def local_device(name: str) -> str:
 
     Args:
         name: what `memlayer.devices.choose_device` gave.
+
+    Raises:
+        ConfigError: if it is one certain device, and there are several processes.
     """
     from accelerate.state import PartialState
 
-    state = PartialState(cpu=name == "cpu")
-    if state.num_processes == 1 or name != "cuda":
+    state = PartialState(cpu=name.startswith("cpu"))
+    if state.num_processes == 1:
         return name
-    return str(state.device)
+    if ":" in name:
+        raise ConfigError(
+            "device must be one of several alike, such as cuda or cpu, for "
+            f"{state.num_processes} processes, got {name}"
+        )
+    return name if name == "cpu" else str(state.device)
 
 
 def is_main_process() -> bool:

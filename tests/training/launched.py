@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import random
-import sys
+import signal
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,8 +17,8 @@ from memlayer.training import Trainer, TrainingOptions
 STEPS = 50
 
 
-def main(backbone: str, output: str, rows: str = "4", stop_after: str = "0") -> None:
-    """Train a tiny model for 50 steps, or go on; `stop_after` kills it amid a step."""
+def main(settings: argparse.Namespace) -> None:
+    """Train a tiny model for 50 steps, or go on."""
     choose = random.Random(0)
     words = ["memory", "layer", "chunk", "token", "bank", "key", "value", "segment", "gate"]
     documents = [
@@ -28,35 +30,33 @@ def main(backbone: str, output: str, rows: str = "4", stop_after: str = "0") -> 
     )
     options = TrainingOptions(
         steps=STEPS,
-        batch_size=int(rows),
+        batch_size=settings.rows,
         gradient_accumulation=2,
         learning_rate=1e-3,
         gate_learning_rate=1e-2,
         eval_every=25,
         eval_tokens=128,
         save_every=10,
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
     trainer = Trainer(
-        memlayer.wrap(AutoModelForCausalLM.from_pretrained(backbone), config),
-        AutoTokenizer.from_pretrained(backbone),
+        memlayer.wrap(AutoModelForCausalLM.from_pretrained(settings.backbone), config),
+        AutoTokenizer.from_pretrained(settings.backbone),
         documents,
         documents[-2:],
         options,
-        output=output,
-        resume=Path(output).exists(),
+        output=settings.output,
+        resume=settings.output.exists(),
         progress=False,
     )
     layer = trainer.model.side_network.layers[0]
     held = sum(getattr(w, "_local_tensor", w).numel() for w in layer.parameters())
     print(f"holds {held} of {sum(w.numel() for w in layer.parameters())} weights", flush=True)
-    if int(stop_after):
+    if settings.kill_after is not None:
         step = trainer._train_step
 
         def fatal() -> dict[str, object]:
-            if trainer.step == int(stop_after):
-                import os
-                import signal
-
+            if trainer.step == settings.kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step()
 
@@ -65,4 +65,10 @@ def main(backbone: str, output: str, rows: str = "4", stop_after: str = "0") -> 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("backbone")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--kill-after", type=int, metavar="STEP")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    main(parser.parse_args())
