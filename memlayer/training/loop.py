@@ -9,15 +9,12 @@ the place in the data, every stream's memory), so that a resumed run repeats the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import platform
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memlayer import __version__
-from memlayer import checkpoint as adapter_checkpoint
 from memlayer.data import IGNORED, StreamBatches, tokenize_documents
-from memlayer.errors import CheckpointError, ConfigError, DataError, TrainingError
-from memlayer.files import write_atomically
-from memlayer.pieces import put, whole
+from memlayer.errors import ConfigError, DataError, TrainingError
 from memlayer.training import checkpoints
+from memlayer.training.directory import check_output, describe_settings, read_run, write_run
 from memlayer.training.evaluation import Perplexities, measure_perplexities, validation_sample
 from memlayer.training.interrupts import Interrupts
 from memlayer.training.log import LOG_NAME, TrainingLog
@@ -39,16 +33,14 @@ from memlayer.training.plot import plot_curves, plotting_problem
 from memlayer.training.processes import Processes
 from memlayer.training.progress import TrainingProgress
 from memlayer.training.schedule import learning_rate_factor
+from memlayer.training.state import TrainingState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from memlayer.data import Batch, Document, TokenDocument
+    from memlayer.data import Batch, Document
     from memlayer.model import LongMemModel
     from memlayer.training.options import TrainingOptions
-
-RUN_NAME = "training.json"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,37 +119,6 @@ def train(
     ).run()
 
 
-def check_output(output: Path | str, *, resume: bool) -> None:
-    """Refuse a directory that training must not write to.
-
-    Raises:
-        ConfigError: if it holds a run and ``resume`` is false, or none that can go on and it is
-            true.
-    """
-    run = Path(output)
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"output must be a directory, got the file {run}; give another name")
-    holds_run = any(
-        (run / name).exists()
-        for name in (RUN_NAME, LOG_NAME, adapter_checkpoint.CONFIG_NAME, checkpoints.CHECKPOINTS)
-    )
-    if not resume:
-        if holds_run:
-            raise ConfigError(
-                f"{run} holds a training run already; go on with it (resume, on the command line "
-                f"--resume) or give another output directory"
-            )
-        return
-    if not (run / RUN_NAME).is_file():
-        raise ConfigError(
-            f"there is no training run to resume in {run} (no {RUN_NAME}); start one without resume"
-        )
-    if _read_run(run)["finished"]:
-        raise ConfigError(
-            f"the training run in {run} is finished; start another in another output directory"
-        )
-
-
 class Trainer:
     """One training run; `train` says what the arguments mean.
 
@@ -206,11 +167,18 @@ class Trainer:
         if validation:
             _check_sample(self._sample, self.segment_length, options)
         self._processes = Processes(options, model.device)
-        self._settings = self._describe_settings(documents, validation)
+        self._settings = describe_settings(
+            model,
+            options,
+            processes=self._processes.count,
+            documents=documents,
+            validation=validation,
+            sample=self._sample,
+        )
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self._forward = self._processes.prepare(model)
-        self._parameters = {
+        parameters = {
             name: parameter
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
@@ -224,6 +192,12 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             groups, betas=(options.beta1, options.beta2), eps=options.epsilon
         )
+        self._state = TrainingState(
+            parameters=parameters,
+            optimizer=self._optimizer,
+            memory=model.memory,
+            processes=self._processes,
+        )
 
     def run(self) -> TrainingResult:
         """Train to the end, or until Ctrl-C."""
@@ -235,11 +209,11 @@ class Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             if self._resume:
                 self._restore()
-            self._processes.wait()
             main = self._processes.is_main
             if main:
                 self._write_run(finished=False)
             log = TrainingLog(self.output / LOG_NAME, last_step=self.step, write=main)
+            self._processes.wait()  # and the log has been cut, where it goes on
             try:
                 self._run_steps(log)
             finally:
@@ -405,102 +379,36 @@ class Trainer:
     # ---------------------------------------------------------------- saving, resuming
 
     def _save(self) -> Path:
-        weights = {name: whole(weight.detach()) for name, weight in self._parameters.items()}
-        for name, weight in weights.items():
+        def check(name: str, weight: Tensor) -> None:
             if not bool(weight.isfinite().all()):
                 raise self._diverged(self.step, f"weight {name}", math.nan)
-        tensors = checkpoints.optimizer_tensors(self._optimizer, self._parameters)
-        moments = {name: whole(value) for name, value in tensors.items()}
 
-        def write(directory: Path) -> None:
-            if self._processes.is_main:
-                checkpoints.write_tensors(directory / "side_network.safetensors", weights)
-                checkpoints.write_tensors(directory / "optimizer.safetensors", moments)
-            random = checkpoints.random_tensors()
-            checkpoints.write_tensors(directory / self._own("random", ".safetensors"), random)
-            self.model.memory.save(directory / self._own("memory"))
-
-        return checkpoints.write_checkpoint(
+        return self._state.save(
             self.output,
             step=self.step,
-            state={
+            progress={
                 "tokens": self.tokens,
                 "seconds": self.seconds,
                 "data": self._batches.state_dict(),
             },
-            write=write,
             keep=self.options.keep_checkpoints,
-            is_main=self._processes.is_main,
-            wait=self._processes.wait,
+            check=check,
         )
 
-    def _own(self, name: str, suffix: str = "") -> str:
-        """Name a file of a checkpoint that each process has one of."""
-        alone = self._processes.count == 1
-        return f"{name}{suffix}" if alone else f"{name}-{self._processes.index}{suffix}"
-
     def _restore(self) -> None:
-        saved = _read_run(self.output)
-        checkpoints.check_same_settings(saved, self._settings)
+        checkpoints.check_same_settings(read_run(self.output), self._settings)
         path, problems = checkpoints.newest_checkpoint(self.output)
         for problem in problems:
             warnings.warn(f"{problem}; an older one is used", stacklevel=4)
         if path is None:
             return
-        state = checkpoints.read_state(path)
-        weights = checkpoints.read_tensors(path / "side_network.safetensors")
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                put(parameter, weights[name])
-        checkpoints.restore_optimizer(
-            self._optimizer,
-            self._parameters,
-            checkpoints.read_tensors(path / "optimizer.safetensors"),
-        )
-        self.model.memory.load(path / self._own("memory"))
-        self._batches.load_state_dict(state["data"])
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        random = checkpoints.read_tensors(path / self._own("random", ".safetensors"))
-        checkpoints.restore_random(random)
-
-    def _describe_settings(
-        self, documents: Sequence[TokenDocument], validation: Sequence[TokenDocument]
-    ) -> dict[str, Any]:
-        settings = {
-            "options": self.options.to_dict(),
-            "memory": self.model.memory_config.to_dict(),
-            "machine": {"processes": self._processes.count},
-            "backbone": {
-                "backbone_fingerprint": adapter_checkpoint.fingerprint(self.model.backbone),
-            },
-            "data": {
-                "train_documents": len(documents),
-                "train_tokens": sum(len(document.input_ids) for document in documents),
-                "train_text_sha256": _digest(document.input_ids for document in documents),
-                "validation_documents": len(validation),
-                "validation_tokens": sum(len(document.input_ids) for document in validation),
-                "validation_text_sha256": _digest(self._sample),
-            },
-        }
-        return dict(json.loads(json.dumps(settings)))
+        kept = self._state.restore(path)
+        self._batches.load_state_dict(kept["data"])
+        self.step, self.tokens, self.seconds = kept["step"], kept["tokens"], kept["seconds"]
 
     def _write_run(self, *, finished: bool, **results: Any) -> None:
-        content = {
-            "format_version": FORMAT_VERSION,
-            "finished": finished,
-            "backbone_name": self.model.backbone.name_or_path,
-            "versions": {
-                "python": platform.python_version(),
-                "memlayer-lm": __version__,
-                "torch": torch.__version__,
-                "transformers": version("transformers"),
-                "accelerate": version("accelerate"),
-            },
-            **self._settings,
-            **results,
-        }
-        text = json.dumps(content, indent=2) + "\n"
-        write_atomically(self.output / RUN_NAME, text.encode())
+        name = self.model.backbone.name_or_path
+        write_run(self.output, self._settings, backbone_name=name, finished=finished, **results)
 
     def _finish(self, log: TrainingLog) -> TrainingResult:
         entry = log.evaluation(self.step)
@@ -553,29 +461,3 @@ def _check_sample(sample: Sequence[Tensor], segment_length: int, options: Traini
         f"every validation document fits in one segment of segment_length={segment_length} tokens "
         f"(longest: {longest + 1}), so that memory is never read; give longer documents, or none"
     )
-
-
-def _digest(sequences: Any) -> str:
-    digest = hashlib.sha256()
-    for input_ids in sequences:
-        digest.update(len(input_ids).to_bytes(8, "little"))
-        digest.update(input_ids.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read_run(run: Path) -> Mapping[str, Any]:
-    path = run / RUN_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found, _ = content["format_version"], content["finished"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} must describe a training run, got {error!r}; restore it from a copy, or train "
-            f"into another directory"
-        ) from error
-    if found != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format_version {found!r}, this memlayer reads {FORMAT_VERSION}; resume "
-            f"with the memlayer that wrote it"
-        )
-    return dict(content)

@@ -13,7 +13,8 @@ from memlayer.devices import choose_device
 from memlayer.errors import BackendUnavailableError
 from memlayer.model import wrap
 from memlayer.plugins import default_plugins
-from memlayer.training.loop import TrainingResult, check_output, train
+from memlayer.training.directory import check_output
+from memlayer.training.loop import TrainingResult, train
 from memlayer.training.processes import local_device
 
 if TYPE_CHECKING:
