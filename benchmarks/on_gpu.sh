@@ -49,6 +49,8 @@ fi
 if ((${#backbone[@]})); then
     step training python benchmarks/training.py --device "$device" --memory "$memory" \
         --segment "$segment" --rounds "$rounds"
+    step offload python benchmarks/offload.py --device "$device" --memory "${tokens[@]}" \
+        --segment "$segment" --rounds "$rounds"
 fi
 step attention python benchmarks/attention.py --device "$device" --memory "$memory" \
     --tokens "$segment" --rounds "$rounds" "${backbone[@]}"

@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 
 SideInit = Literal["replace", "identity", "backbone"]
 MemoryScope = Literal["row", "batch"]
+MemoryStorage = Literal["device", "host"]
 ChunkKey = Literal["mean"]
 
 
@@ -73,6 +74,11 @@ class LongMemConfig:
     memory_scope: MemoryScope = "row"
     """``"row"``: each row of a batch reads its own memory only. ``"batch"``: all rows share one."""
 
+    memory_storage: MemoryStorage = "device"
+    """Where stored keys and values lie. ``"device"``: beside the model. ``"host"``: in main memory,
+    or in the file that a saved bank is mapped from; only the index is on the device, and each
+    forward brings the chunks that it found there. Results are the same."""
+
     chunk_key: ChunkKey = "mean"
     """How a chunk's tokens make one index key: the mean of their keys."""
 
@@ -93,6 +99,7 @@ class LongMemConfig:
         for name, allowed in (
             ("side_init", get_args(SideInit)),
             ("memory_scope", get_args(MemoryScope)),
+            ("memory_storage", get_args(MemoryStorage)),
             ("chunk_key", get_args(ChunkKey)),
         ):
             if getattr(self, name) not in allowed:

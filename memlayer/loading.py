@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from memlayer.backbones import load_backbone
 from memlayer.checkpoint import find_checkpoint, load, read_config
-from memlayer.config import LongMemConfig
+from memlayer.config import LongMemConfig, MemoryStorage
 from memlayer.devices import choose_device
 from memlayer.errors import ConfigError
 from memlayer.memory.identity import identity_layers
@@ -43,6 +43,10 @@ class ModelNames:
 
     memory_size: int | None = None
     """Tokens that memory holds; None: as the bank, else the checkpoint, else the default."""
+
+    memory_storage: MemoryStorage | None = None
+    """Where stored keys and values lie, ``"device"`` or ``"host"``; None: as the checkpoint, else
+    the default."""
 
     memory_layers: tuple[int, ...] | None = None
     """With a backbone: layers whose keys and values are kept; None: as the bank, else one, at 3/4
@@ -103,8 +107,9 @@ def load_model(
         MemlayerError: of the kind that fits whatever else is wrong with the names.
     """
     changes = {} if bank is None else _bank_settings(names, bank)
-    if names.memory_size is not None:
-        changes["memory_size"] = names.memory_size
+    for name in ("memory_size", "memory_storage"):
+        if getattr(names, name) is not None:
+            changes[name] = getattr(names, name)
     place = {"dtype": names.dtype, "device": choose_device(names.device)}
     if names.checkpoint is not None:
         saved = read_config(find_checkpoint(names.checkpoint))

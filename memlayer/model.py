@@ -352,6 +352,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
             make_index=lambda lanes: self._make_backend(lanes, self.parts.head_dim, self.device),
             dtype=self.backbone.dtype,
             device=self.device,
+            storage=config.memory_storage,
             shared=config.memory_scope == "batch",
             slack=config.segment_length,
             identity=bank_identity(checkpoint.fingerprint(self.backbone), self._memory_layers),

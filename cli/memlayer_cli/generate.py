@@ -16,6 +16,7 @@ from memlayer_cli.model_options import (
     CheckpointOption,
     DeviceOption,
     DtypeOption,
+    MemoryStorageOption,
     SegmentLengthOption,
     check_one_model,
 )
@@ -98,6 +99,7 @@ def generate(
     ] = False,
     backend: BackendOption = None,
     segment_length: SegmentLengthOption = None,
+    memory_storage: MemoryStorageOption = None,
     dtype: DtypeOption = "fp32",
     device: DeviceOption = "auto",
     json: JsonOption = None,
@@ -141,6 +143,7 @@ def generate(
         backbone=backbone,
         backend=backend,
         segment_length=segment_length,
+        memory_storage=memory_storage,
         dtype=dtype,
         device=device,
     )

@@ -17,6 +17,7 @@ from memlayer_cli.model_options import (
     CheckpointOption,
     DeviceOption,
     DtypeOption,
+    MemoryStorageOption,
     SegmentLengthOption,
     check_one_model,
 )
@@ -65,6 +66,7 @@ def inspect(
     ] = None,
     backend: BackendOption = None,
     segment_length: SegmentLengthOption = None,
+    memory_storage: MemoryStorageOption = None,
     dtype: DtypeOption = "fp32",
     device: DeviceOption = "auto",
     json: JsonOption = None,
@@ -105,6 +107,7 @@ def inspect(
         backbone=backbone,
         backend=backend,
         segment_length=segment_length,
+        memory_storage=memory_storage,
         dtype=dtype,
         device=device,
     )

@@ -14,6 +14,7 @@ from memlayer_cli.model_options import (
     CheckpointOption,
     DeviceOption,
     DtypeOption,
+    MemoryStorageOption,
     SegmentLengthOption,
     check_one_model,
 )
@@ -62,6 +63,7 @@ def memorize(
     ] = SAVE_EVERY,
     backend: BackendOption = None,
     segment_length: SegmentLengthOption = None,
+    memory_storage: MemoryStorageOption = None,
     dtype: DtypeOption = "fp32",
     device: DeviceOption = "auto",
     json: JsonOption = None,
@@ -93,6 +95,7 @@ def memorize(
         memory_size=memory_size,
         memory_layers=tuple(memory_layer) if memory_layer else None,
         segment_length=segment_length,
+        memory_storage=memory_storage,
         dtype=dtype,
         device=device,
     )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from memlayer.config import MemoryStorage
+
 _PANEL = "Model"
 
 CheckpointOption = Annotated[
@@ -53,6 +55,16 @@ SegmentLengthOption = Annotated[
     typer.Option(
         "--segment-length",
         help="With --backbone: tokens of a window.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+MemoryStorageOption = Annotated[
+    MemoryStorage | None,
+    typer.Option(
+        "--memory-storage",
+        help="Where stored keys and values lie: device, beside the model, or host, in main memory. "
+        "Default: the checkpoint's.",
         rich_help_panel=_PANEL,
     ),
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memlayer.config import LongMemConfig, SideInit
+from memlayer.config import LongMemConfig, MemoryStorage, SideInit
 from memlayer.training.options import TrainingDtype, TrainingOptions
 from memlayer_cli.json_output import JsonOption, write_json
 from memlayer_cli.session import Session
@@ -67,6 +67,14 @@ def train(
     memory_size: Annotated[
         int, typer.Option(help="Tokens each memory holds.", rich_help_panel=_MODEL_PANEL)
     ] = MODEL.memory_size,
+    memory_storage: Annotated[
+        MemoryStorage,
+        typer.Option(
+            help="Where stored keys and values lie: device, beside the model, or host, in main "
+            "memory.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = MODEL.memory_storage,
     top_k: Annotated[
         int, typer.Option(help="Tokens read back per token.", rich_help_panel=_MODEL_PANEL)
     ] = MODEL.top_k,
@@ -177,6 +185,7 @@ def train(
         backend=backend,
         segment_length=segment_length,
         memory_size=memory_size,
+        memory_storage=memory_storage,
         top_k=top_k,
         chunk_size=chunk_size,
         memory_layers=tuple(memory_layer) if memory_layer else None,

@@ -20,12 +20,14 @@ from torch import Tensor
 from memlayer.errors import ShapeError
 from memlayer.memory import checks, persistence
 from memlayer.memory.documents import DocumentRecord, Documents
+from memlayer.memory.offload import bring
 from memlayer.memory.reading import Reading, ended, forgotten
 from memlayer.memory.retrieved import Retrieved
 from memlayer.memory.ring import ChunkRing, Chunks
 from memlayer.memory.waiting import NewTokens, WaitingTokens
 
 if TYPE_CHECKING:
+    from memlayer.config import MemoryStorage
     from memlayer.retrieval import RetrievalBackend
 
 MakeIndex = Callable[[int], "RetrievalBackend"]
@@ -48,7 +50,9 @@ class MemoryBank:
         make_index: gives an empty backend for a number of lanes.
         dtype: of the stored keys and values. Chunk keys are means in float32 of the keys as they
             came, before rounding to this.
-        device: where everything lies.
+        device: where queries, new keys and values come from, and the index lies.
+        storage: ``"device"``: keys and values of whole chunks lie there, too. ``"host"``: in main
+            memory, or in the file that they are loaded from; `retrieve` copies what it found.
         shared: one memory for all rows of a batch, instead of one each.
         slack: tokens beyond ``capacity`` that stay readable for a backward pass.
         identity: what these keys and values are of (model, layers); a saved bank of another
@@ -73,6 +77,7 @@ class MemoryBank:
         make_index: MakeIndex,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        storage: MemoryStorage = "device",
         shared: bool = False,
         slack: int = 1024,
         identity: str = "",
@@ -86,6 +91,7 @@ class MemoryBank:
         self.dtype = dtype
         # With its number: tensors on "cuda" say that they are on "cuda:0".
         self.device = torch.empty(0, device=device).device
+        self.storage = storage
         self.shared = shared
         self.identity = identity
         self.tokenizer: str | None
@@ -278,14 +284,17 @@ class MemoryBank:
         ids = self._chunk_numbers(result.ids)
         held = ids.unflatten(0, (self.rows, self.num_key_value_heads))
         places = ring.locate(held.clamp(min=0))
+        keys, values = ring.keys[layer].flatten(0, 2), ring.values[layer].flatten(0, 2)
+        if self.storage == "host":
+            (keys, values), places = bring((keys, values), places, self.device)
         return Retrieved(
             ids=as_queries(ids),
             scores=as_queries(result.scores),
             found=as_queries(result.ids >= 0),
             places=as_queries(places),
-            keys=(ring.keys[layer].flatten(0, 2),),
-            values=(ring.values[layer].flatten(0, 2),),
-            intact=self._watch(ring),
+            keys=(keys,),
+            values=(values,),
+            intact=self._watch(ring) if self.storage == "device" else lambda: True,
         )
 
     def _watch(self, ring: ChunkRing) -> Callable[[], bool]:
@@ -384,8 +393,9 @@ class MemoryBank:
     def load(self, directory: str | Path, *, verify: bool = True) -> None:
         """Replace the contents by what `save` wrote; answers are the same as before.
 
-        The files are mapped into memory. If the bank lies in one shard, and this one on the CPU,
-        the mapping is its storage: nothing is copied until something is written. `capacity` is this
+        The files are mapped into memory. If the bank lies in one shard, and this one's storage in
+        main memory (``storage="host"``, or on the CPU), the mapping is its storage: nothing is
+        copied until something is written, so it may be larger than main memory. `capacity` is this
         bank's own: with less than was saved, the newest chunks are taken.
 
         Args:
@@ -439,7 +449,7 @@ class MemoryBank:
             shape,
             slots=self._capacity_chunks + self._slack_chunks + 1,
             dtype=self.dtype,
-            device=self.device,
+            device=self.device if self.storage == "device" else torch.device("cpu"),
             slots_now=slots,
         )
         self._waiting = WaitingTokens(

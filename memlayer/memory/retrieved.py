@@ -1,4 +1,4 @@
-"""What a search of the memory found, without a copy of it."""
+"""What a search of the memory found, without a copy of the memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Retrieved:
         places: ``(B, H, T, n)``, int64. Positions in ``keys`` and ``values``, counted through all
             stores; valid where not found too.
         keys: stores of ``(places, C, D)``, one after the other: of one memory layer of each memory
-            that was searched, flattened; not copies.
+            that was searched, flattened. Not copies, unless the memory lies on another device:
+            then each chunk that was found, once.
         values: likewise.
         intact: whether what was found is still there, to be asked before it is read again.
     """

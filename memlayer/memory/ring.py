@@ -90,11 +90,15 @@ class ChunkRing:
         row, chunk = torch.nonzero(numbers < chunks.counts.unsqueeze(1), as_tuple=True)
         slot = (self.base[row] + self.written[row] + chunk) % self.slots
         self.sources[row, slot] = chunks.sources[row, chunk]
-        row, chunk, slot = (index.to(self.keys.device) for index in (row, chunk, slot))
-        # Index arrays apart from each other put their axis first on both sides alike.
-        self.keys[:, row, :, slot] = chunks.keys[:, row, :, chunk].to(self.keys.dtype)
-        self.values[:, row, :, slot] = chunks.values[:, row, :, chunk].to(self.values.dtype)
-        self.chunk_keys[:, row, :, slot] = chunks.chunk_keys[:, row, :, chunk]
+        device = self.keys.device
+        row, chunk, slot = (index.to(device) for index in (row, chunk, slot))
+        for held, given in (
+            (self.keys, chunks.keys),
+            (self.values, chunks.values),
+            (self.chunk_keys, chunks.chunk_keys),
+        ):
+            # Index arrays apart from each other put their axis first on both sides alike.
+            held[:, row, :, slot] = given.to(device, held.dtype)[:, row, :, chunk]
         self.written += chunks.counts
 
     def clear(self, rows: Tensor) -> None:

@@ -15,9 +15,9 @@ from memlayer.errors import ConfigError
 TrainingDtype = Literal["fp32", "bf16"]
 
 MAY_CHANGE_ON_RESUME = frozenset(
-    {"eval_every", "save_every", "keep_checkpoints", "gradient_checkpointing"}
+    {"eval_every", "save_every", "keep_checkpoints", "gradient_checkpointing", "memory_storage"}
 )
-"""Options that leave every loss as it is: when to look or save, and what to compute twice."""
+"""What leaves every loss as it is: when to look or save, what to compute twice, where to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)

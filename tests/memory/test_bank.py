@@ -110,11 +110,19 @@ def assert_same_answers(bank, plain, queries):
                     torch.testing.assert_close(mine[at][:read].double(), plainly, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
+@pytest.mark.parametrize(
+    ("backend", "storage"), [("torch", "device"), ("torch", "host"), ("faiss", "device")]
+)
 @pytest.mark.parametrize("chunk_size", [1, 3, 4])
-def test_retrieve_agrees_with_a_plain_bank_through_writes_evictions_and_clears(chunk_size, backend):
+def test_retrieve_agrees_with_a_plain_bank_through_writes_evictions_and_clears(
+    chunk_size, backend, storage
+):
     bank = make_bank(
-        backend=backend, capacity=12 * chunk_size, chunk_size=chunk_size, top_k=3 * chunk_size
+        backend=backend,
+        capacity=12 * chunk_size,
+        chunk_size=chunk_size,
+        top_k=3 * chunk_size,
+        storage=storage,
     )
     plain = PlainBank(3, bank.capacity, chunk_size)
     for step, tokens in enumerate([1, 7, 16, 5, 40, 2, 33, 9]):
