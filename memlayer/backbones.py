@@ -13,8 +13,6 @@ import importlib.util
 import io
 import logging
 import shutil
-import tempfile
-import time
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from memlayer.cache import user_cache
+from memlayer.cache import user_cache, whole_folder
 from memlayer.errors import CheckpointError, ConfigError, UnknownNameError, UnsupportedModelError
 from memlayer.hub import reason_unreachable
 from memlayer.quiet import quiet_transformers
@@ -37,8 +35,6 @@ logger = logging.getLogger(__name__)
 CACHE_VERSION = 1
 """Of the converted GGUF models in the cache; raise it when the conversion changes."""
 
-STALE_SECONDS = 3600
-"""After this time an unfinished conversion in the cache is taken for one that was killed."""
 
 DTYPES = {
     "fp32": torch.float32,
@@ -334,21 +330,9 @@ def _plain_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedM
 
 def _store(backbone: Backbone, folder: Path) -> None:
     """Put a converted model into the cache, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for partial in folder.parent.glob("partial-*"):
-        if time.time() - partial.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(partial, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as partial:
         backbone.model.save_pretrained(partial)
         backbone.tokenizer.save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was quicker
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _hash(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,17 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the reference data, and there is no folder {folder}")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep corpora of the tests out of the user's cache; converted backbones may stay there."""
+    from memlayer.data import corpus
+
+    folder = tmp_path_factory.mktemp("corpora")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "user_cache", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -350,7 +350,7 @@ def test_a_damaged_cache_entry_is_converted_again(gguf_file: Path, own_cache: Pa
 def test_what_a_killed_conversion_left_is_removed_after_a_while(
     gguf_file: Path, own_cache: Path
 ) -> None:
-    for name, age in (("partial-old", 2 * memlayer.backbones.STALE_SECONDS), ("partial-new", 0)):
+    for name, age in (("partial-old", 2 * memlayer.cache.STALE_SECONDS), ("partial-new", 0)):
         (own_cache / name).mkdir(parents=True)
         os.utime(own_cache / name, (time.time() - age,) * 2)
     load_backbone(str(gguf_file))

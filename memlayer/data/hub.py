@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from memlayer.data.documents import Document, Split
-from memlayer.data.files import text_of_record
+from memlayer.data.records import text_of_record
 from memlayer.errors import DataError
 from memlayer.hub import reason_unreachable
 
@@ -19,8 +20,8 @@ OWN_SPLITS: dict[str, Split] = {
 }
 
 
-def read_hub_dataset(name: str, text_field: str) -> list[Document]:
-    """Give the records of a data set as documents.
+def read_hub_dataset(name: str, text_field: str) -> Iterator[Document]:
+    """Give the records of a data set as documents, one at a time out of its files on disk.
 
     A data set that has both a train and a validation split keeps its own; of any other, all records
     are split by hash.
@@ -35,15 +36,16 @@ def read_hub_dataset(name: str, text_field: str) -> list[Document]:
     repository, _, config = name.partition(":")
     parts = _load(repository, config or None)
     has_own_splits = {"train", "validation"} <= {OWN_SPLITS.get(part) for part in parts}
-    documents = [
-        _document(record, f"{name}/{part}/{number}", text_field, part if has_own_splits else None)
-        for part, records in parts.items()
-        for number, record in enumerate(records)
-    ]
-    kept = [document for document in documents if document.text and not document.text.isspace()]
-    if not kept:
+    empty = True
+    for part, records in parts.items():
+        for number, record in enumerate(records):
+            own = part if has_own_splits else None
+            document = _document(record, f"{name}/{part}/{number}", text_field, own)
+            if document.text and not document.text.isspace():
+                empty = False
+                yield document
+    if empty:
         raise DataError(f"the data set {name!r} holds no text in column {text_field!r}")
-    return kept
 
 
 def _document(record: dict[str, Any], place: str, text_field: str, part: str | None) -> Document:

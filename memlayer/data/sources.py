@@ -6,22 +6,17 @@ A source is a file, a folder, ``hf:NAME[:CONFIG]``, or the name of a built-in co
 from __future__ import annotations
 
 import difflib
-import hashlib
-import logging
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from memlayer.data.builtin import BUILTIN_CORPORA
-from memlayer.data.documents import Document, Split
+from memlayer.data.documents import DistinctTexts, Document, Split, text_hash
 from memlayer.data.files import read_file, read_folder
 from memlayer.data.hub import read_hub_dataset
 from memlayer.data.splits import select_split
 from memlayer.errors import ConfigError, DataError, UnknownNameError
-
-logger = logging.getLogger(__name__)
 
 
 def load_documents(
@@ -45,27 +40,56 @@ def load_documents(
     """
     if split not in get_args(Split):
         raise ConfigError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+    documents = _unique(iterate_documents(sources, text_field=text_field))
+    return select_split(documents, split=split, seed=seed)
+
+
+def iterate_documents(sources: Sequence[str], *, text_field: str = "text") -> Iterator[Document]:
+    """Read every source and give its documents, one at a time, as often as the sources give them.
+
+    Args:
+        sources: as for `load_documents`.
+        text_field: likewise.
+
+    Raises:
+        DataError, UnknownNameError: as for `load_documents`: at once for a source that is not
+            there, and for what is wrong inside one when its turn has come.
+    """
+    check_sources(sources)
+    for source in sources:
+        yield from _read_source(source, text_field)
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Refuse sources that are not there, without reading any.
+
+    Raises:
+        ConfigError: if this is no list of sources.
+        DataError: if a path does not exist, or is neither a file nor a folder.
+        UnknownNameError: if a source is neither a path nor a corpus.
+    """
     if isinstance(sources, str) or not sources:
         raise ConfigError(f"sources must be a list of at least one source, got {sources!r}")
-    documents = [document for source in sources for document in _read_source(source, text_field)]
-    return select_split(_unique(documents), split=split, seed=seed)
+    for source in sources:
+        path = Path(source)
+        if source in BUILTIN_CORPORA or source.startswith("hf:") or path.is_dir() or path.is_file():
+            continue
+        if path.exists():
+            raise DataError(f"{source} is neither a file nor a folder; give one of these")
+        if len(path.parts) == 1 and not path.suffix:
+            raise UnknownNameError(_unknown_corpus(source, BUILTIN_CORPORA))
+        raise DataError(_missing_path(path))
 
 
-def _read_source(source: str, text_field: str) -> list[Document]:
+def _read_source(source: str, text_field: str) -> Iterable[Document]:
     if source in BUILTIN_CORPORA:
         return BUILTIN_CORPORA[source]()
     if source.startswith("hf:"):
         return read_hub_dataset(source.removeprefix("hf:"), text_field)
     path = Path(source)
-    if path.is_dir():
-        return read_folder(path, text_field)
-    if path.is_file():
-        return read_file(path, path.name, text_field)
-    if path.exists():
-        raise DataError(f"{source} is neither a file nor a folder; give one of these")
-    if len(path.parts) == 1 and not path.suffix:
-        raise UnknownNameError(_unknown_corpus(source, BUILTIN_CORPORA))
-    raise DataError(_missing_path(path))
+    return (
+        read_folder(path, text_field) if path.is_dir() else read_file(path, path.name, text_field)
+    )
 
 
 def _unknown_corpus(source: str, known: Iterable[str]) -> str:
@@ -86,22 +110,11 @@ def _missing_path(path: Path) -> str:
     return f"there is no file or folder {path}; the folder {existing} exists{hint}"
 
 
-def _unique(documents: list[Document]) -> list[Document]:
-    texts: defaultdict[str, set[str]] = defaultdict(set)
-    unique = []
-    for document in documents:
-        if document.text not in texts[document.id]:
-            texts[document.id].add(document.text)
-            unique.append(document)
-    if len(unique) < len(documents):
-        logger.warning(
-            "left out %d documents that the sources give twice", len(documents) - len(unique)
-        )
+def _unique(documents: Iterable[Document]) -> list[Document]:
+    distinct = DistinctTexts()
+    unique = [document for document in documents if distinct.add(document)]
+    distinct.report()
     return [
-        document if len(texts[document.id]) == 1 else replace(document, id=_id_with_hash(document))
+        replace(document, id=distinct.final_id(document.id, text_hash(document.text)))
         for document in unique
     ]
-
-
-def _id_with_hash(document: Document) -> str:
-    return f"{document.id}#{hashlib.sha256(document.text.encode()).hexdigest()[:8]}"

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from memlayer.errors import DataError
 
 if TYPE_CHECKING:
-    from memlayer.data.documents import Document, Split
+    from memlayer.data.documents import Split
 
 VALIDATION_SHARE = 0.05
 TEST_SHARE = 0.05
@@ -23,7 +23,22 @@ TEST_SHARE = 0.05
 logger = logging.getLogger(__name__)
 
 
-def select_split(documents: Sequence[Document], *, split: Split, seed: int) -> list[Document]:
+class Splittable(Protocol):
+    """A document, whatever is known of it besides."""
+
+    @property
+    def id(self) -> str:
+        """Unique among the documents."""
+
+    @property
+    def split(self) -> Split | None:
+        """The split that its data set puts it in, if it does."""
+
+
+_Document = TypeVar("_Document", bound=Splittable)
+
+
+def select_split(documents: Sequence[_Document], *, split: Split, seed: int) -> list[_Document]:
     """Give the documents of one split in their order.
 
     Raises:

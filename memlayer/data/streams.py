@@ -215,23 +215,24 @@ class StreamBatches(Iterator[Batch]):
             self._current[row] = None
 
 
-def _usable(documents: Sequence[TokenDocument], segment_length: int) -> list[TokenDocument]:
+def _usable(documents: Sequence[TokenDocument], segment_length: int) -> Sequence[TokenDocument]:
     if not documents:
         raise DataError("there are no documents to stream; give at least one")
-    longest = max(len(document.input_ids) for document in documents)
-    if longest < segment_length:
+    lengths = [len(document.input_ids) for document in documents]
+    if max(lengths) < segment_length:
         raise DataError(
             f"every document is shorter than segment_length={segment_length} tokens "
-            f"(longest: {longest}); lower segment_length or give longer documents"
+            f"(longest: {max(lengths)}); lower segment_length or give longer documents"
         )
-    usable = [document for document in documents if len(document.input_ids) > 1]
-    if len(usable) < len(documents):
-        logger.warning(
-            "skipped %d of %d documents, which have fewer than 2 tokens",
-            len(documents) - len(usable),
-            len(documents),
-        )
-    return usable
+    usable = [number for number, length in enumerate(lengths) if length > 1]
+    if len(usable) == len(documents):
+        return documents
+    logger.warning(
+        "skipped %d of %d documents, which have fewer than 2 tokens",
+        len(documents) - len(usable),
+        len(documents),
+    )
+    return [documents[number] for number in usable]
 
 
 def _digest(documents: Sequence[TokenDocument]) -> str:

@@ -34,5 +34,9 @@ def _cut(document: TokenDocument, tokens: int, tokenizer: PreTrainedTokenizerBas
     text = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
     assert isinstance(text, str)  # a list only for a batch
     return replace(
-        document, input_ids=ids, n_bytes=len(text.encode("utf-8")), n_words=len(text.split())
+        document,
+        input_ids=ids,
+        n_bytes=len(text.encode("utf-8")),
+        n_words=len(text.split()),
+        sha256=None,
     )

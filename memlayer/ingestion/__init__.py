@@ -5,7 +5,6 @@ from memlayer.ingestion.documents import (
     MemorizeProgress,
     MemorizeReport,
     memorize_documents,
-    tokenizer_fingerprint,
 )
 from memlayer.ingestion.stream import memorize_stream
 
@@ -15,5 +14,4 @@ __all__ = [
     "MemorizedDocument",
     "memorize_documents",
     "memorize_stream",
-    "tokenizer_fingerprint",
 ]

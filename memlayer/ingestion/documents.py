@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from memlayer.data.tokens import tokenize_documents
+from memlayer.data.tokens import tokenize_documents, tokenizer_fingerprint
 from memlayer.errors import ConfigError, DataError, MemoryFormatError
 from memlayer.ingestion.stream import memorize_stream
 from memlayer.memory import bank_exists, bank_lock
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from memlayer.model import LongMemModel
 
 Outcome = Literal["new", "held", "continued"]
-
-_PROBE = "The 3 naïve co-operators' café — “déjà vu”\n\tline_two();  東京 🙂"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +131,6 @@ def memorize_documents(
     return MemorizeReport(bank=str(place), documents=done, length=len(bank))
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Give a short name for what a tokenizer does: its vocabulary, and how it cuts a sample."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    sample = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    return hashlib.sha256(json.dumps([vocabulary, sample]).encode()).hexdigest()[:16]
-
-
 class _DocumentReader:
     """Reads documents into one bank and saves it as it goes."""
 
@@ -162,7 +151,7 @@ class _DocumentReader:
         """Memorize what the bank does not hold of one document."""
         (tokenized,) = tokenize_documents([document], tokenizer)
         name, ids = document.id, tokenized.input_ids
-        digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+        digest = tokenized.digest()
         record = self._bank.find_document(name)
         if record is not None and record.sha256 != digest:
             raise DataError(

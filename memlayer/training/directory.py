@@ -19,6 +19,8 @@ from torch import Tensor
 
 from memlayer import __version__
 from memlayer import checkpoint as adapter_checkpoint
+from memlayer.data import count_tokens
+from memlayer.data.tokens import digest_of
 from memlayer.errors import CheckpointError, ConfigError
 from memlayer.files import write_atomically
 from memlayer.training.checkpoints import CHECKPOINTS
@@ -90,11 +92,11 @@ def describe_settings(
         "backbone": {"backbone_fingerprint": adapter_checkpoint.fingerprint(model.backbone)},
         "data": {
             "train_documents": len(documents),
-            "train_tokens": sum(len(document.input_ids) for document in documents),
-            "train_text_sha256": _digest(document.input_ids for document in documents),
+            "train_tokens": count_tokens(documents),
+            "train_text_sha256": _joined(document.digest() for document in documents),
             "validation_documents": len(validation),
-            "validation_tokens": sum(len(document.input_ids) for document in validation),
-            "validation_text_sha256": _digest(sample),
+            "validation_tokens": count_tokens(validation),
+            "validation_text_sha256": _joined(digest_of(input_ids) for input_ids in sample),
         },
     }
     return dict(json.loads(json.dumps(settings)))
@@ -157,9 +159,5 @@ def read_run(run: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _digest(sequences: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for input_ids in sequences:
-        digest.update(len(input_ids).to_bytes(8, "little"))
-        digest.update(input_ids.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _joined(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -59,7 +59,7 @@ def validation_sample(
     longest = sorted(documents, key=lambda document: len(document.input_ids), reverse=True)
     chosen = [document.input_ids for document in longest[:count] if len(document.input_ids) > 1]
     share = math.ceil(tokens / max(len(chosen), 1))
-    return [input_ids[: share + 1] for input_ids in chosen]
+    return [input_ids[: share + 1].long() for input_ids in chosen]
 
 
 def measure_perplexities(

@@ -16,13 +16,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memlayer.data import IGNORED, StreamBatches, tokenize_documents
+from memlayer.data import IGNORED, Document, StreamBatches, TokenDocument, tokenize_documents
 from memlayer.errors import ConfigError, DataError, TrainingError
 from memlayer.training import checkpoints
 from memlayer.training.directory import check_output, describe_settings, read_run, write_run
@@ -38,9 +38,12 @@ from memlayer.training.state import TrainingState
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from memlayer.data import Batch, Document
+    from memlayer.data import Batch
     from memlayer.model import LongMemModel
     from memlayer.training.options import TrainingOptions
+
+
+Documents: TypeAlias = Sequence[Document] | Sequence[TokenDocument]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,8 @@ class TrainingResult:
 def train(
     model: LongMemModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_documents: Sequence[Document],
-    validation_documents: Sequence[Document],
+    train_documents: Documents,
+    validation_documents: Documents,
     options: TrainingOptions,
     *,
     output: Path | str,
@@ -92,8 +95,8 @@ def train(
     Args:
         model: what `memlayer.wrap` gave.
         tokenizer: the backbone's.
-        train_documents: at least ``batch_size`` of them.
-        validation_documents: may be empty; then nothing is evaluated.
+        train_documents: at least ``batch_size`` of them; as text, or as tokens (`TokenCorpus`).
+        validation_documents: likewise. May be empty; then nothing is evaluated.
         options: how to train.
         output: the run's directory, made if need be. It must not hold a run unless ``resume``.
         resume: go on from the run's newest whole checkpoint, or its start if it has none.
@@ -132,8 +135,8 @@ class Trainer:
         self,
         model: LongMemModel,
         tokenizer: PreTrainedTokenizerBase,
-        train_documents: Sequence[Document],
-        validation_documents: Sequence[Document],
+        train_documents: Documents,
+        validation_documents: Documents,
         options: TrainingOptions,
         *,
         output: Path | str,
@@ -152,8 +155,8 @@ class Trainer:
         self._progress = progress
         self._resume = resume
 
-        documents = tokenize_documents(train_documents, tokenizer)
-        validation = tokenize_documents(validation_documents, tokenizer)
+        documents = _tokenized(train_documents, tokenizer)
+        validation = _tokenized(validation_documents, tokenizer)
         self._batches = StreamBatches(
             documents,
             rows=options.batch_size,
@@ -444,6 +447,12 @@ class Trainer:
             seconds=self.seconds,
             perplexities=perplexities,
         )
+
+
+def _tokenized(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Sequence[TokenDocument]:
+    if documents and isinstance(documents[0], TokenDocument):
+        return cast("Sequence[TokenDocument]", documents)
+    return tokenize_documents(cast("Sequence[Document]", documents), tokenizer)
 
 
 def _check_sample(sample: Sequence[Tensor], segment_length: int, options: TrainingOptions) -> None:

@@ -188,6 +188,14 @@ def is_main_process() -> bool:
     return PartialState().is_main_process  # type: ignore[no-any-return]
 
 
+def local_main_process_first() -> AbstractContextManager[None]:
+    """Let one process of each machine go through a block before the others do."""
+    from accelerate.state import PartialState
+
+    first: AbstractContextManager[None] = PartialState().local_main_process_first()
+    return first
+
+
 def _make_accelerator(options: TrainingOptions, device: torch.device) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState

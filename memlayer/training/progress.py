@@ -1,4 +1,4 @@
-"""A progress bar on standard error, where that is a terminal."""
+"""Progress on standard error, where that is a terminal."""
 
 from __future__ import annotations
 
@@ -63,3 +63,36 @@ class TrainingProgress:
     def _show(self, completed: int | None = None) -> None:
         note = "  ".join(part for part in (self._loss, self._memory) if part)
         self._progress.update(self._task, completed=completed, note=note)
+
+
+class TokenizingProgress:
+    """Counts the documents that are tokenized; silent if not wanted, and gone afterwards.
+
+    Args:
+        show: as for `TrainingProgress`.
+    """
+
+    def __init__(self, *, show: bool | None) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]tokenizing"),
+            TextColumn("{task.completed:,.0f} documents"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not (console.is_terminal if show is None else show),
+        )
+        self._task = self._progress.add_task("tokenizing", total=None)
+
+    def __enter__(self) -> TokenizingProgress:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop drawing."""
+        self._progress.stop()
+
+    def done(self, documents: int) -> None:
+        """Show how many documents are done."""
+        self._progress.update(self._task, completed=documents)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memlayer.backbones import load_backbone
-from memlayer.data import load_documents
+from memlayer.data import check_sources, prepare_corpus
 from memlayer.devices import choose_device
 from memlayer.errors import BackendUnavailableError
 from memlayer.model import wrap
 from memlayer.plugins import default_plugins
 from memlayer.training.directory import check_output
 from memlayer.training.loop import TrainingResult, train
-from memlayer.training.processes import local_device
+from memlayer.training.processes import local_device, local_main_process_first
+from memlayer.training.progress import TokenizingProgress
 
 if TYPE_CHECKING:
     from memlayer.config import LongMemConfig
@@ -37,6 +38,9 @@ def train_from_names(
     plugins: Plugins | None = None,
 ) -> TrainingResult:
     """Load a backbone and documents, wrap, train. What is cheap to check is checked first.
+
+    Documents are tokenized into the user's cache, once, and read from there while training runs: a
+    corpus need not fit in memory.
 
     Args:
         backbone: what `memlayer.load_backbone` takes.
@@ -65,13 +69,17 @@ def train_from_names(
         raise BackendUnavailableError(f"backend {config.backend!r} cannot run here: {reason}")
     check_output(output, resume=resume)
     place = local_device(choose_device(device))
-    documents = load_documents(data, split="all" if validation_data else "train")
-    validation = (
-        load_documents(validation_data, split="all")
-        if validation_data
-        else load_documents(data, split="validation")
-    )
+    for sources in filter(None, (data, validation_data)):
+        check_sources(sources)
     loaded = load_backbone(backbone, device=place)
+    # One process a machine tokenizes, and the others open what it wrote.
+    with local_main_process_first(), TokenizingProgress(show=progress) as tokenizing:
+        corpus = prepare_corpus(data, loaded.tokenizer, progress=tokenizing.done)
+        if validation_data:
+            documents = corpus
+            validation = prepare_corpus(validation_data, loaded.tokenizer, progress=tokenizing.done)
+        else:
+            documents, validation = corpus.select("train"), corpus.select("validation")
     return train(
         wrap(loaded.model, config, plugins=plugins),
         loaded.tokenizer,

@@ -181,7 +181,7 @@ def test_an_unavailable_backend_is_reported_before_anything_is_loaded(
     reason = default_plugins().backends.unavailable_reason("faiss-gpu")
     if reason is None:
         pytest.skip("faiss-gpu works on this machine")
-    monkeypatch.setattr("memlayer.training.run.load_documents", pytest.fail)
+    monkeypatch.setattr("memlayer.training.run.prepare_corpus", pytest.fail)
     monkeypatch.setattr("memlayer.training.run.load_backbone", pytest.fail)
     assert train("--backend", "faiss-gpu") == 2
     error = capsys.readouterr().err

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import memlayer
+from memlayer.data import tokenizer_fingerprint
 from memlayer.data.documents import Document
 from memlayer.errors import ConfigError, DataError, MemoryFormatError, StorageError
-from memlayer.ingestion import memorize_documents, tokenizer_fingerprint
+from memlayer.ingestion import memorize_documents
 from memlayer.memory import bank_info, bank_lock, verify_bank
 
 SEGMENT = 16

@@ -28,10 +28,12 @@ SHARED = {
 
 
 def launch(
-    how: str, *arguments: object, program: Sequence[str] = (str(SCRIPT),)
+    how: str, *arguments: object, program: Sequence[str] = (str(SCRIPT),), cache: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a program in one process, or in two that accelerate starts."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    if cache is not None:
+        environment["XDG_CACHE_HOME"] = str(cache)
     command = [sys.executable]
     if how != "one":
         with socket.socket() as free:
@@ -141,7 +143,9 @@ def test_the_command_trains_in_two_processes_and_one_of_them_speaks(
     options += ["--data", text, "--validation-data", text, "--steps", "2", "--device", "cpu"]
     options += ["--segment-length", "16", "--memory-size", "64", "--top-k", "8"]
     options += ["--eval-tokens", "64", "--backend", "torch"]
-    result = launch("ddp", *options, program=["-m", "memlayer_cli"])
+    result = launch("ddp", *options, program=["-m", "memlayer_cli"], cache=tmp_path / "cache")
     check(result)
+    # One of them has tokenized, for both: the text and the validation text are the same file.
+    assert len(list((tmp_path / "cache" / "memlayer" / "tokens").iterdir())) == 1
     assert result.stdout.count(f"checkpoint: {tmp_path / 'run'}") == 1
     assert values(tmp_path / "run", "step")[-1] == 2

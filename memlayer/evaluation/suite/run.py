@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import memlayer
 from memlayer.checkpoint import find_checkpoint, read_config
-from memlayer.data.files import plain_or_compressed
+from memlayer.data.records import plain_or_compressed
 from memlayer.errors import ConfigError, DataError
 from memlayer.evaluation.options import PerplexityOptions
 from memlayer.evaluation.run import evaluate_perplexity_from_names

@@ -109,11 +109,11 @@ def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     Raises:
         DataError: if it is missing or damaged, or a record lacks a field.
     """
-    from memlayer.data import files  # imports torch, which --help does without
+    from memlayer.data import records as json_lines  # imports torch, which --help does without
 
-    found = files.plain_or_compressed(path)
+    found = json_lines.plain_or_compressed(path)
     try:
-        records = list(files.read_records(found))
+        records = list(json_lines.read_records(found))
     except FileNotFoundError as error:
         raise DataError(
             f"there is no {path} (nor {path.name}.gz); docs/evaluation.md says what a task reads"
