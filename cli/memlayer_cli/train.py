@@ -163,6 +163,14 @@ def train(
         int | None,
         typer.Option(help="Steps between checkpoints.", rich_help_panel=_OUTPUT_PANEL),
     ] = OPTIONS.save_every,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Tracker that gets what the log gets: tensorboard, wandb, ...; may be repeated.",
+            rich_help_panel=_OUTPUT_PANEL,
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     r"""Train a side network that reads a frozen backbone's memory.
@@ -206,6 +214,7 @@ def train(
         eval_tokens=eval_tokens,
         eval_documents=eval_documents,
         save_every=save_every,
+        report_to=tuple(report_to or ()),
     )
     from memlayer.training import train_from_names
     from memlayer.training.processes import is_main_process

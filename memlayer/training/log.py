@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,10 +56,19 @@ class TrainingLog:
         last_step: entries of later steps are dropped: a run that resumes at this step will
             write them again.
         write: False: entries are only kept, as in the processes of a run that are not the main one.
+        tell: is given each new entry, too.
     """
 
-    def __init__(self, path: Path, *, last_step: int, write: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        last_step: int,
+        write: bool = True,
+        tell: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
         self.path = path
+        self._tell = tell
         found = read_log(path) if path.exists() else []
         self.entries = [entry for entry in found if entry["step"] <= last_step]
         self._file: IO[str] | None = None
@@ -73,6 +83,7 @@ class TrainingLog:
         if self._file is not None:
             self._file.write(_line(entry))
             self._file.flush()
+        self._tell(entry)
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """Give the evaluation after one step, or None if there is none yet."""

@@ -34,6 +34,7 @@ from memlayer.training.processes import Processes
 from memlayer.training.progress import TrainingProgress
 from memlayer.training.schedule import learning_rate_factor
 from memlayer.training.state import TrainingState
+from memlayer.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,7 +170,7 @@ class Trainer:
         )
         if validation:
             _check_sample(self._sample, self.segment_length, options)
-        self._processes = Processes(options, model.device)
+        self._processes = Processes(options, model.device, self.output)
         self._settings = describe_settings(
             model,
             options,
@@ -215,12 +216,16 @@ class Trainer:
             main = self._processes.is_main
             if main:
                 self._write_run(finished=False)
-            log = TrainingLog(self.output / LOG_NAME, last_step=self.step, write=main)
+            trackers = Trackers(self._processes.accelerator, self._settings)
+            log = TrainingLog(
+                self.output / LOG_NAME, last_step=self.step, write=main, tell=trackers.log
+            )
             self._processes.wait()  # and the log has been cut, where it goes on
             try:
                 self._run_steps(log)
             finally:
                 log.close()
+                trackers.close()
                 self.model.memory.clear()
         return self._finish(log)
 

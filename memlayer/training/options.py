@@ -15,7 +15,14 @@ from memlayer.errors import ConfigError
 TrainingDtype = Literal["fp32", "bf16"]
 
 MAY_CHANGE_ON_RESUME = frozenset(
-    {"eval_every", "save_every", "keep_checkpoints", "gradient_checkpointing", "memory_storage"}
+    {
+        "eval_every",
+        "save_every",
+        "keep_checkpoints",
+        "gradient_checkpointing",
+        "memory_storage",
+        "report_to",
+    }
 )
 """What leaves every loss as it is: when to look or save, what to compute twice, where to keep."""
 
@@ -97,6 +104,10 @@ class TrainingOptions:
     keep_checkpoints: int = 2
     """Newest checkpoints kept; older ones are deleted."""
 
+    report_to: tuple[str, ...] = ()
+    """Trackers that get what the log gets, by accelerate's names: ``"tensorboard"``, ``"wandb"``,
+    ... Their packages must be installed; some of them send what they get over the network."""
+
     def __post_init__(self) -> None:
         self._check_length()
         for name in ("batch_size", "gradient_accumulation", "eval_documents", "keep_checkpoints"):
@@ -130,6 +141,12 @@ class TrainingOptions:
             raise ConfigError(
                 f"gradient_checkpointing must be True or False, got {self.gradient_checkpointing!r}"
             )
+        names = self.report_to
+        if not isinstance(names, (tuple, list)) or not all(isinstance(n, str) for n in names):
+            raise ConfigError(
+                f"report_to must be names of trackers, such as ('tensorboard',), got {names!r:.80}"
+            )
+        object.__setattr__(self, "report_to", tuple(names))
         if self.dtype not in get_args(TrainingDtype):
             raise ConfigError(
                 f"dtype must be one of {', '.join(get_args(TrainingDtype))}, got {self.dtype!r}"

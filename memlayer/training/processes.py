@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from memlayer.data import Batch
 from memlayer.errors import ConfigError
 from memlayer.pieces import whole
+from memlayer.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,6 +37,7 @@ class Processes:
     Args:
         options: of the run.
         device: where this process's model is.
+        run: its directory, where trackers that write files put them.
 
     Attributes:
         accelerator: accelerate's state of this process.
@@ -45,10 +48,12 @@ class Processes:
 
     Raises:
         ConfigError: if they were started for something else than DDP or FSDP2, or the rows of a
-            batch cannot be shared out evenly.
+            batch cannot be shared out evenly; if there is no such tracker.
+        BackendUnavailableError: if a tracker's package is not installed.
     """
 
-    def __init__(self, options: TrainingOptions, device: torch.device) -> None:
+    def __init__(self, options: TrainingOptions, device: torch.device, run: Path) -> None:
+        check_trackers(options.report_to)
         # As accelerate launch says it; on CPUs accelerate itself refuses, or does not look.
         wanted = os.environ.get("ACCELERATE_USE_FSDP") == "true"
         fsdp = os.environ.get("FSDP_VERSION", "1")
@@ -57,7 +62,7 @@ class Processes:
                 f"sharded training is FSDP 2, got version {fsdp}; give accelerate launch "
                 "--fsdp_version 2"
             )
-        self.accelerator = _make_accelerator(options, device)
+        self.accelerator = _make_accelerator(options, device, run)
         self.count: int = self.accelerator.num_processes
         self.index: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
@@ -196,15 +201,20 @@ def local_main_process_first() -> AbstractContextManager[None]:
     return first
 
 
-def _make_accelerator(options: TrainingOptions, device: torch.device) -> Accelerator:
+def _make_accelerator(options: TrainingOptions, device: torch.device, run: Path) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    precision = {"fp32": "no", "bf16": "bf16"}[options.dtype]
-    on_cpu = device.type == "cpu"
+    settings: dict[str, Any] = {
+        "mixed_precision": {"fp32": "no", "bf16": "bf16"}[options.dtype],
+        "cpu": device.type == "cpu",
+        "device_placement": False,
+    }
+    if options.report_to:
+        settings |= {"log_with": list(options.report_to), "project_dir": str(run)}
     try:
-        return Accelerator(mixed_precision=precision, cpu=on_cpu, device_placement=False)
+        return Accelerator(**settings)
     except ValueError:
         # One process has one accelerate state, and an earlier run in it had other settings.
         AcceleratorState._reset_state(reset_partial_state=True)
-        return Accelerator(mixed_precision=precision, cpu=on_cpu, device_placement=False)
+        return Accelerator(**settings)
