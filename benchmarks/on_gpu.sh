@@ -48,7 +48,7 @@ else
 fi
 if ((${#backbone[@]})); then
     step training python benchmarks/training.py --device "$device" --memory "$memory" \
-        --segment "$segment" --rounds "$rounds"
+        --segment "$segment" --rounds "$rounds" --compile
     step offload python benchmarks/offload.py --device "$device" --memory "${tokens[@]}" \
         --segment "$segment" --rounds "$rounds"
 fi

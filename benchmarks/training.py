@@ -42,11 +42,12 @@ def main() -> None:
     parser.add_argument("--reduction", type=int, default=2)
     parser.add_argument("--chunk-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--compile", action="store_true", help="also with layers compiled (LongMemModel.compile)"
+    )
     arguments = parser.parse_args()
 
-    backbone = memlayer.load_backbone(
-        arguments.backbone, dtype=arguments.dtype, device=arguments.device
-    ).model
+    backbone = load(arguments)
     generator = torch.Generator().manual_seed(0)
     shape = (arguments.batch_size, arguments.segment + 1)
     ids = torch.randint(backbone.config.vocab_size, shape, generator=generator)
@@ -58,6 +59,11 @@ def main() -> None:
     sides["memory off"] = with_memory_off
     if lora is not None:
         sides["LoRA"] = lora
+    if arguments.compile:
+        other = load(arguments)
+        sides["memory, compiled"], compiled = memory_step(arguments, other, ids)
+        compiled.compile()
+        sides["backbone's forward, compiled"] = forward_only(other, ids)
     device = torch.device(arguments.device)
     seconds, peaks = interleave(sides, arguments.rounds, device)
     print(describe(arguments, device))
@@ -82,6 +88,13 @@ def main() -> None:
 
 
 # -------------------------------------------------------------------- sides
+
+
+def load(arguments: argparse.Namespace) -> Any:
+    """Give the backbone, anew each time."""
+    return memlayer.load_backbone(
+        arguments.backbone, dtype=arguments.dtype, device=arguments.device
+    ).model
 
 
 def forward_only(backbone: Any, ids: Tensor) -> Step:

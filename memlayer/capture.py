@@ -153,7 +153,7 @@ def _on_projection(
     attention: nn.Module, projection: Projection, head_dim: int, keep: Callable[[Tensor], None]
 ) -> Iterator[None]:
     def keep_heads(output: Tensor) -> None:
-        keep(projection.split_heads(output, head_dim))
+        keep(projection.heads_of(attention, output, head_dim))
 
     with _on_output(attention.get_submodule(projection.module), keep_heads):
         yield

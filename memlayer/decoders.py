@@ -41,6 +41,9 @@ class Projection:
         heads: where heads lie otherwise: which slice of ``D`` numbers each of them is (BLOOM's
             queries: 0, 3, 6, ...). None: all of ``part``, in order.
         heads_first: the output is ``(B, heads, T, D)``.
+        norm: path within the attention module of a norm that comes after the rotary embedding
+            (HunYuan), and is given ``(B, heads, T, D)``. Heads are kept as they would be at
+            position 0, where a rotation does nothing. Leave ``rotary`` out of the description then.
     """
 
     module: str
@@ -48,6 +51,21 @@ class Projection:
     parts: int = 1
     heads: tuple[int, ...] | None = None
     heads_first: bool = False
+    norm: str | None = None
+
+    def heads_of(self, attention: nn.Module, output: Tensor, head_dim: int) -> Tensor:
+        """Give the heads ``(B, heads, T, D)`` that an attention module's projection computed.
+
+        Args:
+            attention: the module that the projection is in.
+            output: of the projection's own module.
+            head_dim: D.
+        """
+        heads = self.split_heads(output, head_dim)
+        if self.norm is None:
+            return heads
+        normed: Tensor = attention.get_submodule(self.norm)(heads)
+        return normed
 
     def split_heads(self, output: Tensor, head_dim: int) -> Tensor:
         """Cut this projection out of its module's output: ``(B, T, ...) -> (B, heads, T, D)``."""
@@ -220,7 +238,9 @@ def find_parts(backbone: PreTrainedModel, description: DecoderDescription) -> De
 
 def _attention_paths(description: DecoderDescription) -> Mapping[str, None]:
     projections = (description.query, description.key, description.value)
-    return dict.fromkeys([*(item.module for item in projections), description.attention_output])
+    norms = [item.norm for item in projections if item.norm is not None]
+    modules = [item.module for item in projections]
+    return dict.fromkeys([*modules, *norms, description.attention_output])
 
 
 def _part(root: nn.Module, path: str | None) -> nn.Module | None:

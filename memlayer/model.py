@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlayer import checkpoint
 from memlayer.capture import BackboneStates, run_backbone
+from memlayer.compilation import compile_layers, refuse_compiled, release_layers
 from memlayer.config import LongMemConfig
 from memlayer.discovery import parts_of
 from memlayer.errors import BackendUnavailableError, ConfigError, UnsupportedModelError
@@ -331,6 +332,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
 
         Of a `PeftModel` it is the model inside, with the adapter's layers in it.
         """
+        release_layers(self.parts.layers)
         for parameter, required in self._required_grad:
             parameter.requires_grad_(required)
         for module, training in self._was:
@@ -378,6 +380,25 @@ class LongMemModel(nn.Module, MemoryGeneration):
                 )
             self.memory = self.new_memory()
         return self
+
+    def compile(self, **options: Any) -> None:
+        """Compile the layers of backbone and side network in place, for training and scoring.
+
+        Each layer for itself, but for those that memory is written from or read in. With a KV
+        cache, that is in `generate`, layers run as before. Results differ by rounding, those of the
+        bare backbone too; `unwrap` gives it back as it was.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        compile_layers(self._layers_to_compile(), **options)
+
+    def _layers_to_compile(self) -> Iterator[nn.Module]:
+        for inside, layers in (
+            (self._memory_layers, self.parts.layers),
+            (self.side_network.readers, self.side_network.layers),
+        ):
+            yield from (layer for number, layer in enumerate(layers) if number not in inside)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
@@ -493,11 +514,13 @@ def wrap(
         plugins: where backends and adapters come from; what is installed if None.
 
     Raises:
-        UnsupportedModelError: if no adapter describes the backbone, or it lacks what is needed.
+        UnsupportedModelError: if no adapter describes the backbone and its parts cannot be found,
+            it lacks what is needed, or it is compiled.
         UnknownNameError: if there is no such backend.
         BackendUnavailableError: if the backend's package or device is missing.
         ConfigError: if a setting does not fit the backbone.
     """
+    refuse_compiled(backbone)
     return LongMemModel(_base(backbone), LongMemConfig() if config is None else config, plugins)
 
 

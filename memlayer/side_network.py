@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memlayer.attention import fuse, memory_attention
 from memlayer.capture import BackboneStates, LayerCall, first_tensor
+from memlayer.compilation import release_layers
 from memlayer.errors import ConfigError, UnsupportedModelError
 from memlayer.plain_linear import is_packed, plain_linears
 from memlayer.rotation import rotated
@@ -236,7 +237,8 @@ class SideNetwork(nn.Module):
         queries: list[Tensor] = []
 
         def keep_queries(_: nn.Module, __: Any, output: Any) -> None:
-            queries.append(projection.split_heads(first_tensor(output), parts.head_dim))
+            heads = projection.heads_of(attention, first_tensor(output), parts.head_dim)
+            queries.append(heads)
 
         def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query = queries.pop()
@@ -307,6 +309,7 @@ def _copy_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     }
     made = [(id(part), linear) for part, linear in plain_linears(module, dtype)]
     copied = copy.deepcopy(module, shared | dict(made))
+    release_layers(copied.modules())  # compiled code belongs to what it was compiled for
     for part in copied.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()

@@ -149,7 +149,6 @@ def test_a_table_of_positions_is_told_from_one_of_words(model_type: str, most: i
     ("model_type", "changes", "reason"),
     [
         ("bert", {"is_decoder": False}, "layer 0 changes earlier tokens when a later one changes"),
-        ("nanochat", {}, "know their position where 'self_attn.q_norm' gives them"),
         ("diffllama", {}, "layer 0 has 2 softmax attentions over its tokens"),
         ("mamba", {}, "keeps no cache of keys and values"),
         ("openai-gpt", {"n_embd": 32, "n_layer": 4, "n_head": 4}, "keeps no cache of keys and val"),

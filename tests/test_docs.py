@@ -14,6 +14,7 @@ import pytest
 
 from memlayer.decoders import find_parts
 from memlayer.discovery import discover
+from memlayer_adapters.hunyuan import HUNYUAN
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plugins.md"
@@ -94,6 +95,8 @@ def test_the_description_that_docs_adapters_shows_passes_the_suite_of_families()
     names: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         exec(block, names)
+    # The real one, which no adapter would be needed for if discovery could find it.
+    assert names["HUNYUAN"] == HUNYUAN
     suite = names["TestBloom"]()
     backbone = suite.make_backbone().eval()
     described = find_parts(backbone, names["BLOOM"])

@@ -20,5 +20,11 @@ def register_adapters(register: Register) -> None:
         "memlayer_adapters.llama:LLAMA",
         model_types=("llama", "mistral", "qwen2", "smollm3"),
     )
+    register(
+        "hunyuan",
+        "memlayer_adapters.hunyuan:HUNYUAN",
+        model_types=("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    )
+    register("nanochat", "memlayer_adapters.nanochat:NANOCHAT", model_types=("nanochat",))
     register("longmem", "memlayer_adapters.longmem:LONGMEM", model_types=("longmem_gpt",))
     register("qwen3", "memlayer_adapters.qwen3:QWEN3", model_types=("qwen3",))

@@ -139,6 +139,14 @@ def train(
             rich_help_panel=_TRAINING_PANEL,
         ),
     ] = OPTIONS.gradient_checkpointing,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile layers: a minute at the start, less time for each step.",
+            rich_help_panel=_TRAINING_PANEL,
+        ),
+    ] = OPTIONS.compile,
     device: Annotated[
         str,
         typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_TRAINING_PANEL),
@@ -209,6 +217,7 @@ def train(
         warmup=warmup,
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
+        compile=compile,
         seed=seed,
         eval_every=eval_every,
         eval_tokens=eval_tokens,

@@ -181,6 +181,8 @@ class Trainer:
         )
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        if options.compile:
+            model.compile()
         self._forward = self._processes.prepare(model)
         parameters = {
             name: parameter

@@ -84,6 +84,10 @@ class TrainingOptions:
     """Keep only the input of each side layer, and run the layer again in the backward pass: less
     memory, more time."""
 
+    compile: bool = False
+    """Compile the layers that memory does not reach into (`LongMemModel.compile`): a minute or so
+    at the start, less time for each step. Results differ by rounding."""
+
     seed: int = 0
     """Seed of the document order and of dropout."""
 
@@ -137,10 +141,9 @@ class TrainingOptions:
                     f"max_gradient_norm must be above 0, or None for no limit, got "
                     f"{self.max_gradient_norm}"
                 )
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise ConfigError(
-                f"gradient_checkpointing must be True or False, got {self.gradient_checkpointing!r}"
-            )
+        for name in ("gradient_checkpointing", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         names = self.report_to
         if not isinstance(names, (tuple, list)) or not all(isinstance(n, str) for n in names):
             raise ConfigError(

@@ -111,8 +111,10 @@ def test_defaults_are_those_of_the_library():
     shown = {
         name: parameter.default
         for name, parameter in parameters.items()
-        if name in library and name not in ("steps", "tokens")
+        if name in library and name not in ("steps", "tokens", "report_to")
     }
+    assert parameters["report_to"].default is None  # no tracker, as library["report_to"] says
+    assert library["report_to"] == ()
     assert len(shown) > 12
     assert shown == {name: library[name] for name in shown}
 
