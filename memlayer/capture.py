@@ -7,7 +7,7 @@ values as their projections give them: before any rotary embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,11 @@ class BackboneStates:
     attention_mask: Tensor | None = None
     past_key_values: Cache | None = None
 
+    def gather_on(self, device: torch.device) -> None:
+        """Bring what layers on several devices gave to one of them."""
+        for kept in (self.hidden_states, self.keys, self.values):
+            kept[:] = [tensor.to(device) for tensor in kept]
+
 
 class _MemoryLayersDone(Exception):  # noqa: N818 - a signal to stop early, never an error
     """Raised inside the backbone once all keys and values are there."""
@@ -83,6 +88,7 @@ def run_backbone(
             hooks.enter_context(_on_output(parts.layers[index], states.hidden_states.append))
         _keep_keys_and_values(parts, memory_layers, states, hooks)
         parts.decoder(**inputs)
+    states.gather_on(_device_of(inputs))
     return states
 
 
@@ -105,7 +111,13 @@ def run_to_memory_layers(
             hooks.enter_context(_on_output(module, stop_when_done))
         with suppress(_MemoryLayersDone):
             parts.decoder(**inputs)
+    states.gather_on(_device_of(inputs))
     return states
+
+
+def _device_of(inputs: Mapping[str, Any]) -> torch.device:
+    given: Tensor = inputs["inputs_embeds" if inputs.get("input_ids") is None else "input_ids"]
+    return given.device
 
 
 def _keep_keys_and_values(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from memlayer import __version__
 from memlayer.config import LongMemConfig
+from memlayer.dispatch import weight_of
 from memlayer.errors import CheckpointError, ConfigError
 from memlayer.json_fields import read_json_object
 from memlayer.narrow_weights import narrow, widen
@@ -281,15 +282,16 @@ def _sketch(backbone: PreTrainedModel) -> Tensor:
     """Sample weights from all over a backbone: ``(64,)``, float32, on the CPU."""
     # A library may lay out what it packed into integers anew once it is used.
     matrices = [
-        weight
-        for weight in backbone.parameters()
+        name
+        for name, weight in backbone.named_parameters()
         if weight.dim() > 1 and weight.dtype.is_floating_point
     ]
     picked = [matrices[number * len(matrices) // _SKETCHED] for number in range(_SKETCHED)]
-    values = [
-        unpacked(whole(weight.detach())).flatten()[(7919 * number) % weight.numel()]
-        for number, weight in enumerate(picked)
-    ]
+    values = []
+    for number, name in enumerate(picked):
+        weight = weight_of(backbone, name)
+        flat = unpacked(whole(weight.detach())).flatten()
+        values.append(flat[(7919 * number) % weight.numel()])
     return torch.stack([value.float().cpu() for value in values])
 
 

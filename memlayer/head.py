@@ -25,21 +25,25 @@ def logits_of(backbone: PreTrainedModel, parts: DecoderParts, normed: Tensor) ->
     """Give logits ``(B, T, V)`` of hidden states behind the final norm, ``(B, T, E)``."""
     hidden: Tensor = parts.output_projection(normed.to(backbone.dtype))
     if parts.head is not None:
-        return parts.head(hidden)  # type: ignore[no-any-return]
+        made: Tensor = parts.head(hidden)
+        return made.to(normed.device)
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     with _decoder_gives(parts.decoder, hidden):
         logits: Tensor = backbone(input_ids=ids, use_cache=False, return_dict=True).logits
-    return logits
+    return logits.to(normed.device)
 
 
 @contextmanager
 def _decoder_gives(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     output = _DecoderOutput(last_hidden_state=hidden)
+    own = vars(decoder).get("forward")  # accelerate gives one to a decoder that it spreads
     decoder.forward = lambda *_, **__: output
     try:
         yield
     finally:
         del decoder.forward
+        if own is not None:
+            decoder.forward = own
 
 
 class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):

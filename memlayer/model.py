@@ -24,6 +24,7 @@ from memlayer.capture import BackboneStates, run_backbone
 from memlayer.compilation import compile_layers, refuse_compiled, release_layers
 from memlayer.config import LongMemConfig
 from memlayer.discovery import parts_of
+from memlayer.dispatch import execution_device
 from memlayer.errors import BackendUnavailableError, ConfigError, UnsupportedModelError
 from memlayer.generation import MemoryGeneration, WindowCache, advance, new_window
 from memlayer.head import logits_of
@@ -75,7 +76,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
                 f"{backbone.config.model_type}; leave memory_distance at None"
             )
         # A wrong backend option is the user's mistake now, not at the first write.
-        self._make_backend(1, self.parts.head_dim, backbone.device)
+        self._make_backend(1, self.parts.head_dim, execution_device(backbone))
         self.memory_config = config.for_depth(len(self.parts.layers))
         self.side_network = SideNetwork(self.parts, self.memory_config)
         # Nothing can be refused from here on: a backbone that is refused stays as it was.
@@ -99,6 +100,11 @@ class LongMemModel(nn.Module, MemoryGeneration):
             if name == "backbone":
                 raise
             return getattr(super().__getattr__("backbone"), name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are taken and outputs given; a backbone may lie on others, too."""
+        return execution_device(self.backbone)
 
     @property
     def _memory_layers(self) -> tuple[int, ...]:

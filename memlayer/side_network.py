@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from memlayer.attention import fuse, memory_attention
 from memlayer.capture import BackboneStates, LayerCall, first_tensor
 from memlayer.compilation import release_layers
+from memlayer.dispatch import execution_device, hooks_of, strip_hooks, with_weights
 from memlayer.errors import ConfigError, UnsupportedModelError
 from memlayer.plain_linear import is_packed, plain_linears
 from memlayer.rotation import rotated
@@ -98,6 +99,7 @@ class SideNetwork(nn.Module):
             sources[reader] = layer
         self.sources = tuple(sources)
         numbered, dtype = _layer_numbers(parts.layers), _dtype(parts)
+        device = execution_device(parts.decoder)
         self.layers = nn.ModuleList(
             _copy_layer(parts.layers[source], numbered, depth + number, dtype)
             for number, source in enumerate(sources)
@@ -109,11 +111,12 @@ class SideNetwork(nn.Module):
             needed.update(sources, (source - 1 for source in sources if source))
         self.outputs = tuple(sorted(needed))
         first_gate = 0.0 if config.side_init == "backbone" else GENTLE_GATE
-        gate = torch.full((parts.num_attention_heads,), first_gate, device=_device(parts))
+        gate = torch.full((parts.num_attention_heads,), first_gate, device=device)
         self.gates = nn.ParameterList(gate.clone() for _ in memory_layers)
         self.scales: nn.Parameter | None = None
         if config.side_init == "identity":
-            self.scales = nn.Parameter(torch.zeros(len(sources), device=_device(parts)))
+            self.scales = nn.Parameter(torch.zeros(len(sources), device=device))
+        self.to(device)  # layers of a backbone on several devices are copied to one
         self.gradient_checkpointing = False
         self.memory_distance = config.memory_distance
         self.normed_residual = config.normed_residual
@@ -307,8 +310,11 @@ def _copy_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     shared: dict[int, Any] = {
         id(part.config): part.config for part in module.modules() if hasattr(part, "config")
     }
-    made = [(id(part), linear) for part, linear in plain_linears(module, dtype)]
-    copied = copy.deepcopy(module, shared | dict(made))
+    shared |= {id(hook): hook for hook in hooks_of(module)}
+    with with_weights(module):
+        made = [(id(part), linear) for part, linear in plain_linears(module, dtype)]
+        copied = copy.deepcopy(module, shared | dict(made))
+    strip_hooks(copied)
     release_layers(copied.modules())  # compiled code belongs to what it was compiled for
     for part in copied.modules():
         part._forward_hooks.clear()
@@ -331,7 +337,3 @@ def _dtype(parts: DecoderParts) -> torch.dtype:
     """Give what layers compute with: norms, which no quantiser touches, are kept in it."""
     weights = itertools.chain(parts.final_norm.parameters(), parts.layers.parameters())
     return next((weight.dtype for weight in weights if not is_packed(weight)), torch.float32)
-
-
-def _device(parts: DecoderParts) -> torch.device:
-    return next(parts.layers.parameters()).device

@@ -143,7 +143,7 @@ def train(
         bool,
         typer.Option(
             "--compile",
-            help="Compile layers: a minute at the start, less time for each step.",
+            help="Compile the layers that memory does not reach into.",
             rich_help_panel=_TRAINING_PANEL,
         ),
     ] = OPTIONS.compile,

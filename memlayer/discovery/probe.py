@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayer.discovery.products import Product, ProductRecorder
+from memlayer.dispatch import execution_device
 from memlayer.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _tokens(backbone: PreTrainedModel, other_end: bool) -> Tensor:
     step = len(plain) // (3 * ROWS)
     chosen = torch.tensor(plain[:: max(step, 1)][: 3 * ROWS]).view(3, ROWS)
     last = chosen[2] if other_end else chosen[1]
-    return torch.stack([chosen[0], chosen[0], last], dim=1).to(backbone.device)
+    return torch.stack([chosen[0], chosen[0], last], dim=1).to(execution_device(backbone))
 
 
 @contextmanager

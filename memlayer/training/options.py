@@ -85,8 +85,8 @@ class TrainingOptions:
     memory, more time."""
 
     compile: bool = False
-    """Compile the layers that memory does not reach into (`LongMemModel.compile`): a minute or so
-    at the start, less time for each step. Results differ by rounding."""
+    """Compile the layers that memory does not reach into (`LongMemModel.compile`), which takes a
+    minute or so at the start. Results differ by rounding."""
 
     seed: int = 0
     """Seed of the document order and of dropout."""
