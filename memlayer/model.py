@@ -357,7 +357,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
             num_layers=len(self._memory_layers),
             num_key_value_heads=self.parts.num_key_value_heads,
             head_dim=self.parts.head_dim,
-            make_index=lambda lanes: self._make_backend(lanes, self.parts.head_dim, self.device),
+            make_index=lambda lanes: self.new_index(lanes, self.parts.head_dim),
             dtype=self.backbone.dtype,
             device=self.device,
             storage=config.memory_storage,
@@ -365,6 +365,15 @@ class LongMemModel(nn.Module, MemoryGeneration):
             slack=config.segment_length,
             identity=bank_identity(checkpoint.fingerprint(self.backbone), self._memory_layers),
         )
+
+    def new_index(self, lanes: int, dim: int) -> RetrievalBackend:
+        """Make an empty index of this model's backend, for vectors of any kind.
+
+        Args:
+            lanes: independent sets of vectors.
+            dim: length of every vector.
+        """
+        return self._make_backend(lanes, dim, self.device)
 
     # ---------------------------------------------------------------- training, saving
 

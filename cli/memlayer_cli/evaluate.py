@@ -89,6 +89,28 @@ def perplexity(
             rich_help_panel=_WINDOW_PANEL,
         ),
     ] = OPTIONS.foreign_memory,
+    knn_lm: Annotated[
+        bool,
+        typer.Option(
+            "--knn-lm",
+            help="Also let the backbone read the same past by kNN-LM, which needs no training.",
+            rich_help_panel=_WINDOW_PANEL,
+        ),
+    ] = OPTIONS.knn_lm,
+    knn_neighbors: Annotated[
+        int, typer.Option(help="Of kNN-LM: contexts that vote.", rich_help_panel=_WINDOW_PANEL)
+    ] = OPTIONS.knn_neighbors,
+    knn_weight: Annotated[
+        float,
+        typer.Option(help="Of kNN-LM: weight of the votes, 0 to 1.", rich_help_panel=_WINDOW_PANEL),
+    ] = OPTIONS.knn_weight,
+    knn_temperature: Annotated[
+        float,
+        typer.Option(
+            help="Of kNN-LM: of squared distances; choose it on validation data.",
+            rich_help_panel=_WINDOW_PANEL,
+        ),
+    ] = OPTIONS.knn_temperature,
     segment_length: Annotated[
         int | None,
         typer.Option(
@@ -148,6 +170,10 @@ def perplexity(
         fresh=fresh,
         memory_sizes=() if no_memory else memory_size,
         foreign_memory=foreign_memory,
+        knn_lm=knn_lm,
+        knn_neighbors=knn_neighbors,
+        knn_weight=knn_weight,
+        knn_temperature=knn_temperature,
         dense_context=dense_context,
         dense_stride=dense_stride,
     )

@@ -5,6 +5,7 @@ No torch here: the command line reads the defaults to print its help.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeAlias
@@ -13,6 +14,16 @@ from memlayer.errors import ConfigError
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with what is done and what there is in all."""
+
+
+_NO_COUNTS = {
+    "fresh",
+    "foreign_memory",
+    "memory_sizes",
+    "knn_lm",
+    "knn_weight",
+    "knn_temperature",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +56,21 @@ class PerplexityOptions:
     """Also read the memory of another document, the next one: as many tokens as the own memory
     holds at the same place. What it gains is not this document's past."""
 
+    knn_lm: bool = False
+    """Also let the backbone read the same past as kNN-LM does: no training, no side network. As
+    many contexts as the largest memory holds tokens."""
+
+    knn_neighbors: int = 64
+    """Contexts that vote on a token."""
+
+    knn_weight: float = 0.25
+    """Of the votes against the backbone's own probability, between 0 and 1. The default is the
+    paper's (arXiv:1911.00172) on Wikipedia."""
+
+    knn_temperature: float = 1.0
+    """Of squared distances between hidden states, before the softmax. Choose it on validation data:
+    the scale of hidden states is each backbone's own."""
+
     dense_context: int | None = None
     """Tokens of context for the bare backbone, the bound to aim at. None: not measured."""
 
@@ -62,9 +88,13 @@ class PerplexityOptions:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name in ("fresh", "foreign_memory", "memory_sizes") or value is None:
+            if item.name in _NO_COUNTS or value is None:
                 continue
             _check_count(item.name, value, 0 if item.name == "seed" else 1)
+        if not 0 < self.knn_weight < 1:
+            raise ConfigError(f"knn_weight must be between 0 and 1, got {self.knn_weight}")
+        if not 0 < self.knn_temperature < math.inf:
+            raise ConfigError(f"knn_temperature must be above 0, got {self.knn_temperature}")
         if self.memory_sizes is not None:
             for size in self.memory_sizes:
                 _check_count("memory_sizes", size, 1)

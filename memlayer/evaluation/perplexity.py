@@ -6,6 +6,7 @@ Every condition scores the same tokens: all of every document but its first.
     no_memory      the side network, its memory off
     memory_<size>  the side network with that many tokens of memory, empty at each document's start
     foreign_memory the side network with the largest memory, which holds the next document instead
+    knn_lm         the frozen backbone and the votes of its own nearest contexts, as many
     dense          the frozen backbone with far more context: the bound
 """
 
@@ -22,9 +23,16 @@ from torch import Tensor
 from memlayer.config import LongMemConfig
 from memlayer.discovery import parts_of
 from memlayer.errors import ConfigError, DataError, ShapeError, UnsupportedModelError
+from memlayer.evaluation.knn_lm import NearestTokens
 from memlayer.evaluation.options import PerplexityOptions, Progress, Windowing
 from memlayer.evaluation.results import PerplexityResult, WindowReport
-from memlayer.evaluation.scoring import FOREIGN, Foreign, backbone_losses, model_losses
+from memlayer.evaluation.scoring import (
+    FOREIGN,
+    KNN_LM,
+    Foreign,
+    backbone_losses,
+    model_losses,
+)
 from memlayer.evaluation.summary import Losses, summarise
 from memlayer.evaluation.windows import windows
 from memlayer.model import LongMemModel
@@ -78,6 +86,7 @@ def evaluate_perplexity(
             "fresh": options.fresh,
             "memory_sizes": list(evaluation.sizes.values()),
             "foreign_memory": options.foreign_memory,
+            **(_knn_settings(options) if options.knn_lm else {}),
             "resamples": options.resamples,
             "seed": options.seed,
         },
@@ -129,6 +138,11 @@ class _Evaluation:
             raise ConfigError(
                 f"foreign_memory needs a memory and at least two documents, got memory_sizes="
                 f"{list(sizes or ())} and {len(documents)} documents; leave it out"
+            )
+        if options.knn_lm and not sizes:
+            raise ConfigError(
+                "knn_lm reads as many contexts as the largest memory holds tokens, got no "
+                "memory_sizes; give a size, and a model that is wrapped"
             )
         return cls(
             model=model,
@@ -238,6 +252,8 @@ class _Evaluation:
         if self.options.foreign_memory:
             by_condition[FOREIGN] = []
             other_memory = model.new_memory(self.sizes[self.headline])
+        if self.options.knn_lm:
+            by_condition[KNN_LM] = []
         held = []
         for index, document in enumerate(self.documents):
             read = self._distinct(memories, len(document.input_ids) - 1)
@@ -247,7 +263,13 @@ class _Evaluation:
                 other_memory.clear()
                 foreign = Foreign(other.input_ids, other_memory)
             scored, most_held = model_losses(
-                model, document.input_ids, memories=read, foreign=foreign, **cut, advance=advance
+                model,
+                document.input_ids,
+                memories=read,
+                foreign=foreign,
+                nearest=self._nearest(model) if self.options.knn_lm else None,
+                **cut,
+                advance=advance,
             )
             for name, losses in by_condition.items():
                 losses.append(scored.get(name, scored[self.headline]))
@@ -255,6 +277,15 @@ class _Evaluation:
             for memory in read.values():
                 memory.clear()
         return by_condition, held
+
+    def _nearest(self, model: LongMemModel) -> NearestTokens:
+        return NearestTokens(
+            model.new_index(1, model.parts.hidden_size + 1),
+            capacity=self.sizes[self.headline],
+            neighbors=self.options.knn_neighbors,
+            weight=self.options.knn_weight,
+            temperature=self.options.knn_temperature,
+        )
 
     def _distinct(
         self, memories: Mapping[str, MemoryBank], positions: int
@@ -265,6 +296,12 @@ class _Evaluation:
             for name, memory in memories.items()
             if memory.capacity < positions or name == self.headline
         }
+
+
+def _knn_settings(options: PerplexityOptions) -> dict[str, float]:
+    return {
+        name: getattr(options, name) for name in ("knn_neighbors", "knn_weight", "knn_temperature")
+    }
 
 
 def _check_documents(documents: Sequence[TokenDocument]) -> None:

@@ -4,6 +4,7 @@
                             ├─► side network, no memory ─────────► losses
                             ├─► side network, memory of M tokens ► losses, for each M
                             ├─► side network, another's memory ──► losses
+                            ├─► backbone and its nearest contexts ► losses (kNN-LM)
                             └─► keys, values of newly read tokens ─► wait until they left the window
                                                                      └─► every memory
 
@@ -28,12 +29,14 @@ from memlayer.evaluation.windows import Window, windows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from memlayer.evaluation.knn_lm import NearestTokens
     from memlayer.memory import MemoryBank
     from memlayer.model import LongMemModel
 
 Advance = Callable[[int], None]
 
 FOREIGN = "foreign_memory"
+KNN_LM = "knn_lm"
 
 # Rows of float32 logits at a time: 256 x 152k vocabulary are 150 MiB.
 _ROWS_AT_ONCE = 256
@@ -75,6 +78,7 @@ def model_losses(
     *,
     memories: Mapping[str, MemoryBank],
     foreign: Foreign | None = None,
+    nearest: NearestTokens | None = None,
     segment_length: int,
     stride: int,
     advance: Advance,
@@ -86,14 +90,15 @@ def model_losses(
         input_ids: ``(n,)``, int64, n at least 2.
         memories: empty banks by the condition's name. They hold the document afterwards.
         foreign: another document and an empty bank for it: the condition ``foreign_memory``.
+        nearest: of no context yet: the condition ``knn_lm``.
         segment_length: tokens of a window.
         stride: tokens between the starts of two windows.
         advance: called with the tokens that each window has read.
 
     Returns:
         Losses ``(n - 1,)``, float32, on the CPU, by condition: ``backbone``, ``no_memory``, the
-        names of ``memories``, and ``foreign_memory`` if it is asked for. And the most tokens that
-        a memory held when it was read.
+        names of ``memories``, and ``foreign_memory`` and ``knn_lm`` if they are asked for. And the
+        most tokens that a memory held when it was read.
     """
     positions = len(input_ids) - 1
     losses = {name: torch.empty(positions) for name in ("backbone", "no_memory", *memories)}
@@ -105,6 +110,8 @@ def model_losses(
         others = PendingMemory([foreign.memory])
         repeats = -(-positions // len(foreign.input_ids))
         other_ids = foreign.input_ids.repeat(repeats)
+    if nearest is not None:
+        losses[KNN_LM] = torch.empty(positions)
     held = 0
     for window in windows(positions, segment_length, stride):
         pending.write_before(window.start)
@@ -117,6 +124,12 @@ def model_losses(
         scored = slice(window.score_from, window.end)
         logits = model.backbone_logits(states, logits_to_keep=kept)
         losses["backbone"][scored] = _token_losses(logits, input_ids, window)
+        if nearest is not None:
+            hidden = model.parts.final_norm(states.hidden_states[-1][0, -kept:])
+            following = input_ids[window.score_from + 1 : window.end + 1].long()
+            nearest.write_before(window.start)
+            losses[KNN_LM][scored] = nearest.losses(hidden, following, losses["backbone"][scored])
+            nearest.push(hidden, following)
         logits = model.read(states, None, logits_to_keep=kept)
         losses["no_memory"][scored] = _token_losses(logits, input_ids, window)
         for name, memory in read.items():

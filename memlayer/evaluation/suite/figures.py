@@ -18,6 +18,7 @@ COLOURS = {
     "no_memory": "#d1762b",
     "control": "#7a4fa3",
     "foreign_memory": "#c2a13a",
+    "knn_lm": "#b0537a",
     "memory": "#0b7a75",
     "dense": "#4c5a73",
 }
@@ -118,7 +119,7 @@ def _by_local_context(
 ) -> None:
     places = [(item["start"] + item["end"]) / 2 for item in result["by_position"]]
     largest = list(_sizes(result).values())[-1:]
-    for name in ("no_memory", "foreign_memory", *largest, "dense"):
+    for name in ("no_memory", "foreign_memory", "knn_lm", *largest, "dense"):
         if name not in result["conditions"]:
             continue
         values = [_change(item["perplexity"], name) for item in result["by_position"]]
@@ -165,4 +166,5 @@ def _shown(name: str) -> str:
         "memory": "memory on",
         "foreign_memory": "another's memory",
         "control": "trained without memory",
+        "knn_lm": "kNN-LM",
     }.get(name, name)
