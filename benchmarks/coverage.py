@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 import memlayer
@@ -57,26 +57,127 @@ LATENT = (
 )
 """Families with latent attention, which have as many key/value heads as query heads."""
 
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "hc_lowrank": 8,
+    "ple_embed_dim": 32,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16}
+
 OWN: dict[str, dict[str, Any]] = {
     **{model_type: {"num_key_value_heads": 4} for model_type in LATENT.split()},
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
-    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "mamba", "attention"]},
-    "bamba": {"attn_layer_indices": [3]},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "num_key_value_heads": 4,
+        "shared_intermediate_size": 48,
+        **MAMBA,
+    },
+    "bamba": {"attn_layer_indices": [3], **MAMBA},
+    "bailing_hybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mlp_layer_types": ["dense"] * 4,
+        "num_key_value_heads": 4,
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
+        "qk_head_dim": 16,
+    },
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        "num_key_value_heads": 4,
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {
+            "ffn_hidden_size": 48,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "hidden_size": 32,
+        },
+    },
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [48] * 4,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "vocab_size_per_layer_input": 97,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+    },
+    "longcat_flash": {
+        "qk_head_dim": 16,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 48,
+        "zero_expert_num": 0,
+        "moe_topk": 2,
+        "num_key_value_heads": 4,
+    },
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_dt_rank": 4,
+        "num_key_value_heads": 4,
+        "use_mamba_kernels": False,
+    },
+    "xlstm": {
+        "hidden_size": 64,
+        "embedding_dim": 64,
+        "num_blocks": 4,
+        "num_heads": 2,
+        "qk_dim_factor": 1.0,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+        "num_key_value_heads": 4,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "xmod": {"default_language": "en_XX"},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
-    "qwen4_exp": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {"num_key_value_heads": 2},
+    "qwen4_exp": {"num_key_value_heads": 2, **INDEXER},
+    "qwen4_exp_text": {"num_key_value_heads": 2, **INDEXER},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["full_attention"] * 4},
     "reformer": {"axial_pos_embds_dim": (16, 16)},
     "rwkv": {"attention_hidden_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 4}},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 4}},
 }
 """What a default configuration leaves open, by model type."""
+
+DRAFTER = {
+    "text_config": {
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+    }
+}
+AT_ONCE: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": DRAFTER,
+    "gemma4_unified_assistant": DRAFTER,
+}
+"""What a default configuration is refused without."""
+
+OTHER_INPUT = {"blt", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody"}
+"""Not run on rows of ids before they are wrapped: they read bytes in patches, four streams, or what
+another model computed."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +213,9 @@ def main() -> int:
 def examine(model_type: str, debug: bool) -> Outcome:
     """Build one model and put it through everything."""
     try:
-        build(model_type)(input_ids=torch.randint(5, 97, (2, 6)))
+        small = build(model_type)
+        if model_type not in OTHER_INPUT:
+            small(input_ids=torch.randint(5, 97, (2, 6)))
     except (Exception, SystemExit) as error:
         if debug:
             traceback.print_exc()
@@ -157,19 +260,32 @@ def limits(backbone: transformers.PreTrainedModel) -> Iterator[str]:
 
 def build(model_type: str) -> transformers.PreTrainedModel:
     """Build a model of this type, small; the same every time."""
-    config = CONFIG_MAPPING[model_type]()
+    config = config_of(model_type)
     shrink(config)
     for name, value in OWN.get(model_type, {}).items():
-        setattr(config, name, value)
+        inner = getattr(config, name, None)
+        if isinstance(inner, transformers.PreTrainedConfig):
+            for inner_name, inner_value in value.items():
+                setattr(inner, inner_name, inner_value)
+        else:
+            setattr(config, name, value)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = getattr(transformers, CLASSES[model_type])._from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.15)
     return model
+
+
+def config_of(model_type: str) -> Any:
+    """Give the default configuration, or the part of it that is the language model's own."""
+    config = CONFIG_MAPPING[model_type](**AT_ONCE.get(model_type, {}))
+    kind = getattr(transformers, CLASSES[model_type]).config_class
+    parts = [value for value in vars(config).values() if isinstance(value, kind)]
+    return config if isinstance(config, kind) or len(parts) != 1 else parts[0]
 
 
 def shrink(config: Any) -> None:
@@ -209,7 +325,7 @@ KIND_TITLES = {
     "works": "Works",
     "fails": "Wrapped, but fails a check",
     "refused": "Refused",
-    "not tried": "Not tried: no small model by the rules of the benchmark",
+    "not tried": "Not tried: it could not be built",
 }
 
 

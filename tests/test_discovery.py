@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+)
 
 import memlayer
 from memlayer.decoders import describe, find_parts
@@ -38,6 +43,10 @@ BART = {"encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4, 
 FOUND: dict[str, dict[str, Any]] = {
     "bart": BART | {"decoder_ffn_dim": 48, "is_decoder": True, "is_encoder_decoder": False},
     "bloom": {"n_head": 4, "n_layer": 4},
+    # Its module of cosines and sines wants more than positions, and raises something of its own.
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
     "falcon": {"alibi": False, "multi_query": True, "head_dim": None},
     "gemma2": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8},
@@ -161,3 +170,14 @@ def test_what_cannot_be_told_for_certain_is_refused(
         memlayer.wrap(make(model_type, **changes))
     assert f"no decoder adapter for model_type {model_type!r}" in str(caught.value)
     assert "docs/adapters.md" in str(caught.value)
+
+
+def test_a_model_that_reads_no_rows_of_ids_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    streams = MusicgenForCausalLM(MusicgenDecoderConfig(vocab_size=97, num_codebooks=4, **sizes))
+    with pytest.raises(UnsupportedModelError, match="it has no one table of words, for rows of"):
+        memlayer.wrap(streams.eval())
+    backbone = make("bloom", **FOUND["bloom"])
+    monkeypatch.setattr(type(backbone.config), "get_text_config", lambda *_, **__: object())
+    with pytest.raises(UnsupportedModelError, match="its configuration names no number of layers"):
+        discover(backbone)

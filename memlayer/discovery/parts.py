@@ -129,7 +129,9 @@ def _decoder(backbone: PreTrainedModel) -> tuple[str, nn.Module]:
 
 
 def _layers(backbone: PreTrainedModel, decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    depth = backbone.config.get_text_config(decoder=True).num_hidden_layers
+    depth = getattr(backbone.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if depth is None:
+        raise UnsupportedModelError("its configuration names no number of layers")
     inside = {id(module) for module in decoder.modules()}
     lists = [
         (path, module)
@@ -313,7 +315,7 @@ def _rotary(trace: Trace, decoder: nn.Module) -> str | None:
             with torch.no_grad():
                 cos, sin = module(query, positions)
             turned = rotated(query, cos, sin)
-        except (TypeError, ValueError, RuntimeError):  # another kind of module
+        except Exception:  # another kind of module, which may raise anything
             continue
         if close_rows(product, turned):
             return path

@@ -119,7 +119,10 @@ def run_probe(
 
 
 def _tokens(backbone: PreTrainedModel, other_end: bool) -> Tensor:
-    vocabulary = len(backbone.get_input_embeddings().weight)  # type: ignore[arg-type]
+    words = getattr(backbone.get_input_embeddings(), "weight", None)
+    if not isinstance(words, Tensor):
+        raise UnsupportedModelError("it has no one table of words, for rows of token ids")
+    vocabulary = len(words)
     config = backbone.config.get_text_config(decoder=True)
     special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
     plain = [
