@@ -158,6 +158,18 @@ def test_a_table_of_positions_is_told_from_one_of_words(model_type: str, most: i
     ("model_type", "changes", "reason"),
     [
         ("bert", {"is_decoder": False}, "layer 0 changes earlier tokens when a later one changes"),
+        (
+            "prophetnet",
+            {
+                "num_hidden_layers": None,
+                "num_encoder_layers": 4,
+                "num_decoder_layers": 4,
+                "num_decoder_attention_heads": 4,
+                "is_encoder_decoder": False,
+                "is_decoder": True,
+            },
+            "layer 0 is called with 9 hidden states for 3 tokens, where one each was expected",
+        ),
         ("diffllama", {}, "layer 0 has 2 softmax attentions over its tokens"),
         ("mamba", {}, "keeps no cache of keys and values"),
         ("openai-gpt", {"n_embd": 32, "n_layer": 4, "n_head": 4}, "keeps no cache of keys and val"),

@@ -171,6 +171,11 @@ def _check_stream(trace: Trace, other: Trace) -> None:
                 f"layer {number} is not called with hidden states (B, T, E) alone first, or does "
                 "not give them"
             )
+        if given.shape[1] != trace.ids.shape[1]:
+            raise UnsupportedModelError(
+                f"layer {number} is called with {given.shape[1]} hidden states for "
+                f"{trace.ids.shape[1]} tokens, where one each was expected"
+            )
         if number and not close(trace.layers[number - 1].output, given):  # type: ignore[arg-type]
             raise UnsupportedModelError(
                 f"layer {number} does not get what layer {number - 1} gave: the decoder does more "
