@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from memlayer.data import load_documents
+from memlayer.data import load_documents, prepare_corpus
 from memlayer.errors import DataError
 
 pytest.importorskip("datasets")
@@ -44,6 +46,26 @@ def test_a_data_set_with_a_train_part_only_is_split_by_hash(folder: Path) -> Non
     assert validation
     assert len(load_documents([f"hf:{folder}"], split="all")) == 30
     assert not {item.id for item in train} & {item.id for item in validation}
+
+
+def test_a_corpus_on_disk_is_made_of_it_and_again_when_its_files_change(
+    folder: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint("gpt2"))
+    for name in ("train", "validation"):
+        write(folder / f"{name}.jsonl", *(f"{name} {number}" for number in range(5)))
+    place = tmp_path / "corpus"
+    for changed in (False, True):
+        if changed:
+            write(folder / "train.jsonl", "something else")
+        corpus = prepare_corpus([f"hf:{folder}"], tokenizer, folder=place)
+        for split in ("train", "validation"):
+            loaded = load_documents([f"hf:{folder}"], split=split)
+            chosen = corpus.select(split)
+            assert [item.id for item in chosen] == [item.id for item in loaded]
+            assert [tokenizer.decode(item.input_ids) for item in chosen] == [
+                item.text for item in loaded
+            ]
 
 
 def test_a_data_set_without_the_column_is_named_with_those_it_has(folder: Path) -> None:
