@@ -104,7 +104,8 @@ class LongMemModel(nn.Module, MemoryGeneration):
     @property
     def device(self) -> torch.device:
         """Where inputs are taken and outputs given; a backbone may lie on others, too."""
-        return execution_device(self.backbone)
+        spread = hasattr(self.backbone, "hf_device_map")
+        return execution_device(self.backbone) if spread else self.backbone.device
 
     @property
     def _memory_layers(self) -> tuple[int, ...]:

@@ -38,6 +38,8 @@ def main(settings: argparse.Namespace) -> None:
         eval_tokens=128,
         save_every=10,
         gradient_checkpointing=settings.gradient_checkpointing,
+        compile=settings.compile,
+        report_to=tuple(settings.report_to),
     )
     trainer = Trainer(
         memlayer.wrap(AutoModelForCausalLM.from_pretrained(settings.backbone), config),
@@ -71,4 +73,6 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--kill-after", type=int, metavar="STEP")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--report-to", action="append", default=[])
     main(parser.parse_args())

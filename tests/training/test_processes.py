@@ -114,6 +114,20 @@ def test_two_processes_train_as_one_does_also_when_killed_and_resumed(
     assert json.loads((whole / "training.json").read_text())["machine"] == {"processes": 2}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_compiled_layers_train_alike_and_one_process_reports(
+    how: str, backbone: Path, one: Path, tmp_path: Path
+) -> None:
+    check(launch(how, backbone, tmp_path / "run", "--compile", "--report-to", "tensorboard"))
+    expected, found = values(one, "loss"), values(tmp_path / "run", "loss")
+    differences = [abs(a - b) for a, b in zip(expected, found, strict=True)]
+    print(f"{how}, compiled: largest difference of a loss {max(differences):.2g}")
+    assert max(differences) < 1e-5
+    # The scalars' file, and that of the settings.
+    assert len(list((tmp_path / "run" / "memlayer").rglob("events.*"))) == 2
+
+
 def test_rows_that_cannot_be_shared_out_are_refused(backbone: Path, tmp_path: Path) -> None:
     result = launch("ddp", backbone, tmp_path / "run", "--rows", 3)
     assert result.returncode != 0
