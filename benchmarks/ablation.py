@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learning rate 1e-3": {"learning_rate": 1e-3},
     "gate learning rate 1e-1": {"gate_learning_rate": 1e-1},
     "shared memory": {"memory_scope": "batch"},
+    "coupled": {"coupled": True, "layer_reduction_factor": 1},
 }
 """Fields of `memlayer.LongMemConfig` and `memlayer.training.TrainingOptions`. With a shared memory
 a row's memory holds the other rows' documents, as negatives."""

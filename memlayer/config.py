@@ -62,6 +62,12 @@ class LongMemConfig:
     them, with a weight that starts at 0, and so as the backbone too. ``"backbone"``: beside them,
     with weight 1, as in the paper."""
 
+    coupled: bool = False
+    """No side network: only the layers that read memory are copied and trained, and the backbone's
+    own layers run on what they give. A control (MemTRM, after Memorizing Transformers,
+    arXiv:2203.08913), with ``layer_reduction_factor=1``; the keys and values in memory are the
+    frozen layer's all the same."""
+
     normed_residual: bool = False
     """Let the last side layer's residual end at the backbone's output behind its final norm, which
     mixes two scales. Released LongMem checkpoints were trained so; with ``side_init="backbone"``
@@ -108,6 +114,11 @@ class LongMemConfig:
                 )
         if self.normed_residual and self.side_init != "backbone":
             raise ConfigError(f'normed_residual needs side_init="backbone", got {self.side_init!r}')
+        if self.coupled and (self.side_init != "replace" or self.layer_reduction_factor != 1):
+            raise ConfigError(
+                f'coupled needs side_init="replace" and layer_reduction_factor=1, got '
+                f"{self.side_init!r} and {self.layer_reduction_factor}"
+            )
         self._check_memory_layers()
 
     def _check_types(self) -> None:
@@ -123,10 +134,9 @@ class LongMemConfig:
             optional = name == "memory_distance" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name} must be a whole number, got {value!r:.80}")
-        if not isinstance(self.normed_residual, bool):
-            raise ConfigError(
-                f"normed_residual must be True or False, got {self.normed_residual!r:.80}"
-            )
+        for name in ("normed_residual", "coupled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         if not isinstance(self.backend, str) or not self.backend:
             raise ConfigError(f"backend must be a name, got {self.backend!r:.80}")
         if not isinstance(self.backend_options, Mapping):

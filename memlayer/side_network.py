@@ -21,6 +21,11 @@ where :math:`a_l` starts at 0, and :math:`m_l = W_o\, \sigma(g) (M - A)` is what
 the output of the layer's attention (0 in layers that read none): the backbone at the start, too,
 but what memory changes passes by the layers above until their :math:`a` has grown.
 
+With ``coupled=True`` there is no network beside the backbone: from the first memory layer on, its
+layers run once more, those that read memory as trainable copies and the others as they are,
+
+.. math:: s^l = f_l(s^{l-1}), \qquad s^{m-1} = h^{m-1}
+
 A layer that reads memory does so between its attention and the linear map behind it: one hook notes
 the queries as projected (not rotated), another fuses the concatenated heads. So eager, SDPA and
 flash attention serve alike, and no attention code is copied.
@@ -28,9 +33,7 @@ flash attention serve alike, and no attention code is copied.
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +43,16 @@ from torch.utils.checkpoint import checkpoint
 
 from memlayer.attention import fuse, memory_attention
 from memlayer.capture import BackboneStates, LayerCall, first_tensor
-from memlayer.compilation import release_layers
-from memlayer.dispatch import execution_device, hooks_of, strip_hooks, with_weights
-from memlayer.errors import ConfigError, UnsupportedModelError
-from memlayer.plain_linear import is_packed, plain_linears
+from memlayer.dispatch import execution_device
+from memlayer.errors import ConfigError
 from memlayer.rotation import rotated
+from memlayer.side_layers import (
+    copy_layer,
+    copy_module,
+    layer_numbers,
+    twin_layer,
+    weights_dtype,
+)
 
 if TYPE_CHECKING:
     from memlayer.config import LongMemConfig
@@ -66,9 +74,10 @@ class SideNetwork(nn.Module):
 
     Attributes:
         layers: side layers, copies of backbone layers.
-        norm: trainable copy of the final norm.
+        norm: trainable copy of the final norm; None if coupled.
         gates: one ``(H,)`` float32 parameter a memory layer, before the sigmoid.
         scales: ``(L_s,)`` float32, :math:`a_l`; None unless with ``side_init="identity"``.
+        coupled: whether only the layers that read memory are copies.
         replaces: whether side layers take the place of the layers that they are copies of.
         boundaries: for each side layer, the last backbone layer (from 0) whose work it stands for.
         sources: for each side layer, the backbone layer that it is a copy of, and with whose
@@ -84,10 +93,11 @@ class SideNetwork(nn.Module):
         self._parts = parts
         depth, reduction = len(parts.layers), config.layer_reduction_factor
         memory_layers = config.memory_layers or ()
+        first = memory_layers[0] if config.coupled else 0
         self.boundaries = tuple(
-            min(start + reduction, depth) - 1 for start in range(0, depth, reduction)
+            min(start + reduction, depth) - 1 for start in range(first, depth, reduction)
         )
-        self.readers = tuple(layer // reduction for layer in memory_layers)
+        self.readers = tuple(layer // reduction - first for layer in memory_layers)
         if len(set(self.readers)) < len(self.readers):
             raise ConfigError(
                 f"memory_layers must be read by different side layers, got {list(memory_layers)} "
@@ -98,13 +108,22 @@ class SideNetwork(nn.Module):
         for reader, layer in zip(self.readers, memory_layers, strict=True):
             sources[reader] = layer
         self.sources = tuple(sources)
-        numbered, dtype = _layer_numbers(parts.layers), _dtype(parts)
+        numbered, dtype = layer_numbers(parts.layers), weights_dtype(parts)
         device = execution_device(parts.decoder)
-        self.layers = nn.ModuleList(
-            _copy_layer(parts.layers[source], numbered, depth + number, dtype)
+        # Not a ModuleList: a twin's weights are the backbone's.
+        self._order = tuple(
+            twin_layer(parts.layers[source], numbered, depth + number)
+            if config.coupled and number not in self.readers
+            else copy_layer(parts.layers[source], numbered, depth + number, dtype)
             for number, source in enumerate(sources)
         )
-        self.norm = _copy_module(parts.final_norm, dtype)
+        self.layers = nn.ModuleList(
+            layer
+            for number, layer in enumerate(self._order)
+            if not config.coupled or number in self.readers
+        )
+        self.norm = None if config.coupled else copy_module(parts.final_norm, dtype)
+        self.coupled = config.coupled
         self.replaces = config.side_init == "replace"
         needed = set(self.boundaries)
         if self.replaces:
@@ -144,7 +163,8 @@ class SideNetwork(nn.Module):
             and torch.is_grad_enabled()
             and states.past_key_values is None
         )
-        hidden, covered = above[-1], -1
+        covered = self.sources[0] - 1 if self.coupled else -1
+        hidden = above[covered]
         for number, (boundary, source) in enumerate(
             zip(self.boundaries, self.sources, strict=True)
         ):
@@ -162,6 +182,8 @@ class SideNetwork(nn.Module):
                         output = output + (1 - scale) * change
                 hidden = output + (above[boundary] - above[covered])
             covered = boundary
+        if self.norm is None:
+            return self._parts.final_norm(hidden.to(weights_dtype(self._parts)))  # type: ignore[no-any-return]
         normed: Tensor = self.norm(hidden)
         return normed
 
@@ -174,7 +196,10 @@ class SideNetwork(nn.Module):
         recompute: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run one side layer; give its output and what memory changed in its attention's."""
-        layer = self.layers[number]
+        layer = self._order[number]
+        # A twin computes in the backbone's precision.
+        frozen = self.coupled and number not in self.readers
+        dtype = weights_dtype(self._parts) if frozen else hidden.dtype
         reads = memory is not None and memory.is_readable and number in self.readers
         # By the backward pass memory may hold this very segment: what was found is kept.
         found: list[Retrieved] = []
@@ -187,8 +212,8 @@ class SideNetwork(nn.Module):
                 reader = self.readers.index(number)
                 reading = self._reading(layer, reader, memory, found, changes)
             with reading:
-                output = first_tensor(layer(hidden, *call.args, **call.kwargs))
-            return output, changes
+                output = first_tensor(layer(hidden.to(dtype), *call.args, **call.kwargs))
+            return output.to(hidden.dtype), changes
 
         if recompute:
             again: tuple[Tensor, list[Tensor]] = checkpoint(run, hidden, use_reentrant=False)
@@ -279,61 +304,3 @@ class SideNetwork(nn.Module):
             return query
         position = torch.tensor([[self.memory_distance]], device=query.device)
         return rotated(query, *rotary(query, position))
-
-
-def _layer_numbers(layers: nn.ModuleList) -> list[tuple[str, str]]:
-    """Find where a layer keeps its own number (``layer_idx``, ``layer_id``): path and attribute."""
-    return [
-        (path, name)
-        for path, module in layers[0].named_modules()
-        for name in vars(module)
-        if "layer" in name
-        and all(
-            type(found := getattr(layer.get_submodule(path), name, None)) is int and found == number
-            for number, layer in enumerate(layers)
-        )
-    ]
-
-
-def _copy_layer(
-    layer: nn.Module, numbered: Sequence[tuple[str, str]], number: int, dtype: torch.dtype
-) -> nn.Module:
-    """Copy a decoder layer as a trainable one with a place of its own in the KV cache."""
-    copied = _copy_module(layer, dtype)
-    for path, name in numbered:
-        setattr(copied.get_submodule(path), name, number)
-    return copied
-
-
-def _copy_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    # Configurations stay shared, so that a change of attention implementation reaches the copies.
-    shared: dict[int, Any] = {
-        id(part.config): part.config for part in module.modules() if hasattr(part, "config")
-    }
-    shared |= {id(hook): hook for hook in hooks_of(module)}
-    with with_weights(module):
-        made = [(id(part), linear) for part, linear in plain_linears(module, dtype)]
-        copied = copy.deepcopy(module, shared | dict(made))
-    strip_hooks(copied)
-    release_layers(copied.modules())  # compiled code belongs to what it was compiled for
-    for part in copied.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-        # A family's own: what is not the same in its side network.
-        become: Callable[[], None] | None = getattr(part, "to_side_network", None)
-        if become is not None:
-            become()
-    for name, weight in copied.named_parameters():
-        if is_packed(weight):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} keeps {name} as {type(weight.data).__name__} of "
-                f"{weight.dtype} and not in a linear map, so a side layer cannot be made of it; "
-                "load the backbone unquantized"
-            )
-    return copied.requires_grad_(True)
-
-
-def _dtype(parts: DecoderParts) -> torch.dtype:
-    """Give what layers compute with: norms, which no quantiser touches, are kept in it."""
-    weights = itertools.chain(parts.final_norm.parameters(), parts.layers.parameters())
-    return next((weight.dtype for weight in weights if not is_packed(weight)), torch.float32)

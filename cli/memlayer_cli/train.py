@@ -93,6 +93,19 @@ def train(
         SideInit,
         typer.Option(help="How the side network starts.", rich_help_panel=_MODEL_PANEL),
     ] = MODEL.side_init,
+    layer_reduction_factor: Annotated[
+        int,
+        typer.Option(help="Backbone layers per side layer.", rich_help_panel=_MODEL_PANEL),
+    ] = MODEL.layer_reduction_factor,
+    coupled: Annotated[
+        bool,
+        typer.Option(
+            "--coupled",
+            help="No side network: train copies of the memory layers alone (a control). Needs "
+            "--layer-reduction-factor 1.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = MODEL.coupled,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -206,6 +219,8 @@ def train(
         chunk_size=chunk_size,
         memory_layers=tuple(memory_layer) if memory_layer else None,
         side_init=side_init,
+        layer_reduction_factor=layer_reduction_factor,
+        coupled=coupled,
     )
     options = TrainingOptions(
         steps=OPTIONS.steps if steps is None and tokens is None else steps,

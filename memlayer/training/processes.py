@@ -159,6 +159,11 @@ class Processes:
         from torch.distributed.fsdp import fully_shard
 
         side = model.side_network
+        if side.norm is None:
+            raise ConfigError(
+                "a coupled memory layer is trained under DDP, got FSDP 2: its other layers are the "
+                "backbone's own; launch it with --multi_gpu"
+            )
         for layer in (*model.parts.layers, *side.layers, side.norm):
             fully_shard(layer, reshard_after_forward=True)
         self._replicated = side.mixing_parameters
