@@ -412,7 +412,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
     def _layers_to_compile(self) -> Iterator[nn.Module]:
         for inside, layers in (
             (self._memory_layers, self.parts.layers),
-            (self.side_network.readers, self.side_network.layers),
+            (self.side_network.readers, self.side_network.in_order),
         ):
             yield from (layer for number, layer in enumerate(layers) if number not in inside)
 

@@ -74,6 +74,7 @@ class SideNetwork(nn.Module):
 
     Attributes:
         layers: side layers, copies of backbone layers.
+        in_order: all that are run, in order: these, and if coupled the others as they are.
         norm: trainable copy of the final norm; None if coupled.
         gates: one ``(H,)`` float32 parameter a memory layer, before the sigmoid.
         scales: ``(L_s,)`` float32, :math:`a_l`; None unless with ``side_init="identity"``.
@@ -111,7 +112,7 @@ class SideNetwork(nn.Module):
         numbered, dtype = layer_numbers(parts.layers), weights_dtype(parts)
         device = execution_device(parts.decoder)
         # Not a ModuleList: a twin's weights are the backbone's.
-        self._order = tuple(
+        self.in_order = tuple(
             twin_layer(parts.layers[source], numbered, depth + number)
             if config.coupled and number not in self.readers
             else copy_layer(parts.layers[source], numbered, depth + number, dtype)
@@ -119,7 +120,7 @@ class SideNetwork(nn.Module):
         )
         self.layers = nn.ModuleList(
             layer
-            for number, layer in enumerate(self._order)
+            for number, layer in enumerate(self.in_order)
             if not config.coupled or number in self.readers
         )
         self.norm = None if config.coupled else copy_module(parts.final_norm, dtype)
@@ -183,8 +184,10 @@ class SideNetwork(nn.Module):
                 hidden = output + (above[boundary] - above[covered])
             covered = boundary
         if self.norm is None:
-            return self._parts.final_norm(hidden.to(weights_dtype(self._parts)))  # type: ignore[no-any-return]
-        normed: Tensor = self.norm(hidden)
+            hidden, norm = hidden.to(weights_dtype(self._parts)), self._parts.final_norm
+        else:
+            norm = self.norm
+        normed: Tensor = norm(hidden)
         return normed
 
     def _run(
@@ -196,7 +199,7 @@ class SideNetwork(nn.Module):
         recompute: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run one side layer; give its output and what memory changed in its attention's."""
-        layer = self._order[number]
+        layer = self.in_order[number]
         # A twin computes in the backbone's precision.
         frozen = self.coupled and number not in self.readers
         dtype = weights_dtype(self._parts) if frozen else hidden.dtype

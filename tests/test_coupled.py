@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import memlayer
+from memlayer.compilation import is_compiled
 from memlayer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def test_only_what_reads_memory_is_trained_and_saved(
     layer = backbone.model.layers[1]
     weights = sum(weight.numel() for weight in layer.parameters())
     assert sum(w.numel() for w in model.trainable_parameters()) == weights + len(side.gates[0])
-    for number, twin in enumerate(side._order[1:], start=2):
+    for number, twin in enumerate(side.in_order[1:], start=2):
         source = backbone.model.layers[number]
         assert twin.self_attn.q_proj.weight is source.self_attn.q_proj.weight
         assert twin.self_attn.layer_idx == 4 + number - 1
@@ -133,7 +134,7 @@ def test_a_twin_follows_its_layer_to_another_precision(
         assert torch.allclose(model(IDS).logits, own, atol=0.1 if dtype is torch.bfloat16 else 1e-9)
         if dtype is torch.bfloat16:
             model = model.double()
-            assert model.side_network._order[-1].mlp.up_proj.weight.dtype == torch.float64
+            assert model.side_network.in_order[-1].mlp.up_proj.weight.dtype == torch.float64
             assert torch.allclose(model(IDS).logits, backbone(IDS).logits, atol=1e-9)
 
 
@@ -143,3 +144,16 @@ def test_what_does_not_go_with_it_is_refused() -> None:
             replace(COUPLED, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="coupled must be True or False, got 1"):
         replace(COUPLED, coupled=1)  # type: ignore[arg-type]
+
+
+def test_compiled_it_reads_memory_in_every_layer_that_does(
+    make_backbone: Callable[..., Any],
+) -> None:
+    config = replace(COUPLED, memory_layers=(0, 2))
+    with torch.no_grad():
+        expected = remembering(make_backbone("llama"), config)(IDS).logits
+        model = remembering(make_backbone("llama"), config)
+        model.compile(backend="aot_eager")
+        compiled = [is_compiled(layer) for layer in model.side_network.in_order]
+        assert compiled == [False, True, False, True]
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
