@@ -1,11 +1,13 @@
 """What it costs to keep keys and values off the device: one model, one text, three memories.
 
     python benchmarks/offload.py [--device cuda --dtype bf16 --memory 65536 1048576]
+    python benchmarks/offload.py --places host mapped --device-memory 2 --memory 4194304
 
 The same tokens are memorized with keys and values beside the model ("device"), in main memory
 ("host"), and in a saved bank that is mapped from its file ("mapped"). A training step (forward and
 backward of one segment) is timed with each, interleaved. Prints the ratios with their spread, how
-much is brought per step, and on a GPU the peak of its memory. The three must give equal losses.
+much is brought per step, and on a GPU the peak of its memory. All must give equal losses. The
+second form is for a memory that the GPU, made out to be small, could not hold.
 """
 
 from __future__ import annotations
@@ -39,8 +41,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--segment", type=int, default=1024)
     parser.add_argument("--memory", type=int, nargs="+", default=[65_536], help="tokens")
+    parser.add_argument("--chunk-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--places", nargs="+", default=list(PLACES), choices=PLACES)
+    parser.add_argument(
+        "--device-memory",
+        type=float,
+        help="GiB that the GPU is made out to have",
+    )
     arguments = parser.parse_args()
+    if arguments.device_memory is not None:
+        whole = torch.cuda.get_device_properties(arguments.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(arguments.device_memory * 2**30 / whole)
     loaded = memlayer.load_backbone(
         arguments.backbone, dtype=arguments.dtype, device=arguments.device
     )
@@ -56,7 +68,7 @@ def main() -> None:
         f"{arguments.data} ({len(text):,} tokens)\n"
     )
     print(
-        "| memory, tokens | keys and values | step, ms | of device's (spread) | brought, MiB | "
+        "| memory, tokens | keys and values | step, ms | of the first's (spread) | brought, MiB | "
         "peak of the GPU, MiB |\n|---|---|---|---|---|---|"
     )
     for size in arguments.memory:
@@ -66,25 +78,29 @@ def main() -> None:
 def measure(backbone: Any, text: Tensor, size: int, arguments: argparse.Namespace) -> None:
     """Fill three memories with the same, time a step with each, print a line for each."""
     config = memlayer.LongMemConfig(
-        backend=arguments.backend, memory_size=size, segment_length=arguments.segment
+        backend=arguments.backend,
+        memory_size=size,
+        segment_length=arguments.segment,
+        chunk_size=arguments.chunk_size,
     )
     model = memlayer.wrap(backbone, config)
     device = model.device
     segments = cut(text, arguments.segment)
     memories: dict[str, MemoryBank] = {}
-    for place in ("device", "host"):
+    for place in [place for place in ("device", "host") if place in arguments.places]:
         memories[place] = model.memory = model.new_memory()
         model.memory.storage = "device" if place == "device" else "host"
         segments = cut(text, arguments.segment)
         while len(model.memory) < size:
             model.memorize(next(segments).to(device))
     with tempfile.TemporaryDirectory() as folder:
-        model.memory.save(folder)
-        memories["mapped"] = model.new_memory()
-        memories["mapped"].storage = "host"
-        memories["mapped"].load(folder, verify=False)
+        if "mapped" in arguments.places:
+            model.memory.save(folder)
+            memories["mapped"] = model.new_memory()
+            memories["mapped"].storage = "host"
+            memories["mapped"].load(folder, verify=False)
         report(model, memories, next(segments).to(device), size, arguments)
-        del memories["mapped"]
+        memories.clear()  # the file that one is mapped from goes
 
 
 def report(
@@ -95,12 +111,12 @@ def report(
     arguments: argparse.Namespace,
 ) -> None:
     """Time a step with each memory in turn, and print what was seen."""
-    seconds: dict[str, list[float]] = {place: [] for place in PLACES}
-    losses, peaks, brought = {}, dict.fromkeys(PLACES, 0.0), dict.fromkeys(PLACES, 0.0)
+    seconds: dict[str, list[float]] = {place: [] for place in memories}
+    losses, peaks, brought = {}, dict.fromkeys(memories, 0.0), dict.fromkeys(memories, 0.0)
     model.train()
     for turn in range(arguments.rounds + 1):
-        for place in PLACES:
-            model.memory = memories[place]
+        for place, memory in memories.items():
+            model.memory = memory
             sizes: list[int] = []
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -118,17 +134,18 @@ def report(
             model.zero_grad(set_to_none=True)
     if len(set(losses.values())) > 1:
         raise SystemExit(f"the three memories do not agree: {losses}")
-    ring = memories["device"]._held_ring()
+    first = next(iter(memories))
+    ring = memories[first]._held_ring()
     stored = (ring.keys.nbytes + ring.values.nbytes) / 2**20
-    for place in PLACES:
-        ratios = [a / b for a, b in zip(seconds[place], seconds["device"], strict=True)]
+    for place in memories:
+        ratios = [a / b for a, b in zip(seconds[place], seconds[first], strict=True)]
         # What "device" holds there is no part of the others' peaks.
-        peak = peaks[place] - (0 if place == "device" else stored + ring.chunk_keys.nbytes / 2**20)
-        peak_there = f"{peak:,.0f}" if model.device.type == "cuda" else ""
+        others = stored + ring.chunk_keys.nbytes / 2**20 if first == "device" != place else 0
+        peak = f"{peaks[place] - others:,.0f}" if model.device.type == "cuda" else ""
         print(
             f"| {size:,} | {place} | {1e3 * statistics.median(seconds[place]):,.0f} | "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-            f"{brought[place]:.1f} of {stored:,.0f} | {peak_there} |",
+            f"{brought[place]:.1f} of {stored:,.0f} | {peak} |",
             flush=True,
         )
 

@@ -39,16 +39,18 @@ def bring(
 
 
 def _copy(store: Tensor, wanted: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return store.index_select(0, wanted)
-    copies = torch.empty(len(wanted), *store.shape[1:], dtype=store.dtype, device=device)
-    piece = max(1, _PIECE_BYTES // (store[0].numel() * store.element_size()))
+    chunk = store.shape[1:]
+    copies = torch.empty(len(wanted), *chunk, dtype=store.dtype, device=device)
+    piece = max(1, _PIECE_BYTES // (chunk.numel() * store.element_size()))
     for start in range(0, len(wanted), piece):
-        part = wanted[start : start + piece]
-        # Page-locked, so that the copy need not be waited for; torch keeps it until that is done.
-        staged = torch.empty(
-            len(part), *store.shape[1:], dtype=store.dtype, pin_memory=device.type == "cuda"
-        )
+        part, place = wanted[start : start + piece], copies[start : start + piece]
+        if device.type == "cpu":
+            torch.index_select(store, 0, part, out=place)
+            continue
+        # Page-locked on its way to a GPU, so that the copy need not be waited for; torch keeps it
+        # until that is done.
+        on_gpu = device.type == "cuda"
+        staged = torch.empty(place.shape, dtype=store.dtype, pin_memory=on_gpu)
         torch.index_select(store, 0, part, out=staged)
-        copies[start : start + piece].copy_(staged, non_blocking=True)
+        place.copy_(staged, non_blocking=True)
     return copies
