@@ -17,6 +17,7 @@ from memlayer.training.directory import check_output
 from memlayer.training.loop import TrainingResult, train
 from memlayer.training.processes import local_device, local_main_process_first
 from memlayer.training.progress import TokenizingProgress
+from memlayer.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from memlayer.config import LongMemConfig
@@ -67,6 +68,7 @@ def train_from_names(
     reason = plugins.backends.unavailable_reason(config.backend)
     if reason is not None:
         raise BackendUnavailableError(f"backend {config.backend!r} cannot run here: {reason}")
+    check_trackers(options.report_to)
     check_output(output, resume=resume)
     place = local_device(choose_device(device))
     for sources in filter(None, (data, validation_data)):

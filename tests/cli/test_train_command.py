@@ -192,6 +192,15 @@ def test_an_unavailable_backend_is_reported_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tracker_that_is_not_installed_is_reported_before_anything_is_loaded(
+    train, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("memlayer.training.run.load_backbone", pytest.fail)
+    assert train("--report-to", "dvclive") == 2
+    assert "report_to 'dvclive' needs its package: pip install dvclive" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_accelerate_is_reported_with_the_install_command(train, capsys, monkeypatch):
     monkeypatch.setattr("memlayer.training.run.find_spec", lambda _: None)
     assert train() == 2
