@@ -6,6 +6,7 @@ A source is a file, a folder, ``hf:NAME[:CONFIG]``, or the name of a built-in co
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,7 @@ def iterate_documents(sources: Sequence[str], *, text_field: str = "text") -> It
             there, and for what is wrong inside one when its turn has come.
     """
     check_sources(sources)
-    for source in sources:
-        yield from _read_source(source, text_field)
+    return itertools.chain.from_iterable(_read_source(source, text_field) for source in sources)
 
 
 def check_sources(sources: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memlayer.data import Document, load_documents
+from memlayer.data import Document, iterate_documents, load_documents
 from memlayer.errors import ConfigError, DataError, UnknownNameError
 
 RECORDS = [{"id": "one", "text": "First text."}, {"id": "two", "text": "Zweiter Text: ü.\n"}]
@@ -148,6 +148,17 @@ def test_a_missing_file_names_the_folder_that_exists_and_the_nearest_name(tmp_pa
     message = error_of(tmp_path / "boks" / "a.txt")
     assert f"there is no file or folder {tmp_path}/boks/a.txt" in message
     assert f"the folder {tmp_path} exists and holds 'books'" in message
+
+
+def test_documents_come_one_at_a_time_and_missing_sources_are_named_at_once(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "one"}\n{"text": "two"}\nno JSON\n')
+    documents = iterate_documents([str(lines)])
+    assert [next(documents).text, next(documents).text] == ["one", "two"]
+    with pytest.raises(DataError, match=r"lines\.jsonl:3 is not JSON"):
+        next(documents)
+    with pytest.raises(DataError, match="there is no file or folder"):
+        iterate_documents([str(lines), str(tmp_path / "none.txt")])
 
 
 def test_a_folder_without_text_is_named(tmp_path: Path) -> None:
