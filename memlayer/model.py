@@ -87,6 +87,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
         if not torch.finfo(next(backbone.parameters()).dtype).bits > 32:
             self.side_network.float()
         self.generation_config = backbone.generation_config
+        self._kept_identity: str | None = None
         self.memory = self.new_memory()
         self._memory_on = True
         self._adapter_on = True
@@ -364,8 +365,18 @@ class LongMemModel(nn.Module, MemoryGeneration):
             storage=config.memory_storage,
             shared=config.memory_scope == "batch",
             slack=config.segment_length,
-            identity=bank_identity(checkpoint.fingerprint(self.backbone), self._memory_layers),
+            identity=self._kept_identity or self._identity(),
         )
+
+    def keep_identity(self) -> None:
+        """Take what memories are of from now, as the backbone will not change.
+
+        For a backbone that is about to be put into pieces: to look at it would gather them.
+        """
+        self._kept_identity = self._identity()
+
+    def _identity(self) -> str:
+        return bank_identity(checkpoint.fingerprint(self.backbone), self._memory_layers)
 
     def new_index(self, lanes: int, dim: int) -> RetrievalBackend:
         """Make an empty index of this model's backend, for vectors of any kind.

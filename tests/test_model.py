@@ -561,3 +561,17 @@ def test_other_wrong_arguments_are_refused(llama, make_backbone, make_tokens):
     gpt2 = wrap(make_backbone("gpt2", n_positions=16))
     with pytest.raises(ConfigError, match="learned positions for 16 tokens, got 17"):
         gpt2(make_tokens(1, 17))
+
+
+def test_what_memories_are_of_is_looked_up_each_time_unless_it_is_kept(make_backbone):
+    model = memlayer.wrap(make_backbone("llama"), memlayer.LongMemConfig(backend="torch"))
+    before = model.memory.identity
+    with torch.no_grad():
+        model.backbone.model.layers[0].mlp.up_proj.weight.mul_(2)
+        model.backbone.lm_head.weight.add_(1)
+    changed = model.new_memory().identity
+    assert changed != before
+    model.keep_identity()
+    with torch.no_grad():
+        model.backbone.lm_head.weight.add_(1)
+    assert model.new_memory().identity == changed

@@ -164,6 +164,7 @@ class Processes:
                 "a coupled memory layer is trained under DDP, got FSDP 2: its other layers are the "
                 "backbone's own; launch it with --multi_gpu"
             )
+        model.keep_identity()
         for layer in (*model.parts.layers, *side.layers, side.norm):
             fully_shard(layer, reshard_after_forward=True)
         self._replicated = side.mixing_parameters
