@@ -66,11 +66,13 @@ def main() -> None:
             model.unwrap()
             rows.append(row(domain, result))
     if rows:
-        print(
-            "| domain, tokens | backbone | kNN-LM | memory on | kNN-LM against the backbone | ",
-            end="",
+        heads = ("domain, tokens", "backbone", "kNN-LM", "memory on", "both")
+        compared = (
+            "kNN-LM against the backbone",
+            "memory on against kNN-LM",
+            "both against memory on",
         )
-        print("memory on against kNN-LM |\n|---|---|---|---|---|---|")
+        print("| " + " | ".join((*heads, *compared)) + " |\n|" + 8 * "---|")
         print("\n".join(rows))
 
 
@@ -85,9 +87,13 @@ def documents_of(
 def row(domain: str, result: Any) -> str:
     """Give a line of the table."""
     report = result.overall
-    names = ("backbone", "knn_lm", result.headline)
+    names = ("backbone", "knn_lm", result.headline, "knn_memory")
     cells = [f"{report.conditions[name].perplexity:.2f}" for name in names]
-    for condition, against in (("knn_lm", "backbone"), (result.headline, "knn_lm")):
+    for condition, against in (
+        ("knn_lm", "backbone"),
+        (result.headline, "knn_lm"),
+        ("knn_memory", result.headline),
+    ):
         interval = report.interval(condition, against, "documents-t")
         low, middle, high = (
             100 * math.expm1(value) for value in (interval.low, interval.difference, interval.high)

@@ -95,21 +95,19 @@ class NearestTokens:
         agreeing = (self._tokens[ids.clamp(min=0)] == targets.cpu().unsqueeze(1)) & (ids >= 0)
         return 2 * found.scores[0].cpu(), agreeing
 
-    def losses(self, hidden: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
-        """Mix the votes into a language model's losses.
+    def mixed(self, losses: Tensor, votes: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Mix votes into a language model's losses.
 
         Args:
-            hidden: ``(n, E)``, contexts.
-            targets: ``(n,)``, int64, the tokens that follow.
             losses: ``(n,)``, float32, on the CPU, the language model's, nats.
+            votes: what `votes` gave for the same contexts.
 
         Returns:
             ``(n,)``, like ``losses``; the very same while there is nobody to ask.
         """
-        found = self.votes(hidden, targets)
-        if found is None:
+        if votes is None:
             return losses
-        return mix(losses, *found, weight=self._weight, temperature=self._temperature)
+        return mix(losses, *votes, weight=self._weight, temperature=self._temperature)
 
 
 def mix(

@@ -58,7 +58,8 @@ class PerplexityOptions:
 
     knn_lm: bool = False
     """Also let the backbone read the same past as kNN-LM does: no training, no side network. As
-    many contexts as the largest memory holds tokens."""
+    many contexts as the largest memory holds tokens. And mix the same votes into that memory's
+    probabilities."""
 
     knn_neighbors: int = 64
     """Contexts that vote on a token."""

@@ -7,6 +7,7 @@ Every condition scores the same tokens: all of every document but its first.
     memory_<size>  the side network with that many tokens of memory, empty at each document's start
     foreign_memory the side network with the largest memory, which holds the next document instead
     knn_lm         the frozen backbone and the votes of its own nearest contexts, as many
+    knn_memory     the largest memory and the same votes
     dense          the frozen backbone with far more context: the bound
 """
 
@@ -29,6 +30,7 @@ from memlayer.evaluation.results import PerplexityResult, WindowReport
 from memlayer.evaluation.scoring import (
     FOREIGN,
     KNN_LM,
+    KNN_MEMORY,
     Foreign,
     backbone_losses,
     model_losses,
@@ -253,7 +255,7 @@ class _Evaluation:
             by_condition[FOREIGN] = []
             other_memory = model.new_memory(self.sizes[self.headline])
         if self.options.knn_lm:
-            by_condition[KNN_LM] = []
+            by_condition |= {KNN_LM: [], KNN_MEMORY: []}
         held = []
         for index, document in enumerate(self.documents):
             read = self._distinct(memories, len(document.input_ids) - 1)

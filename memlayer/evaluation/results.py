@@ -80,11 +80,12 @@ class WindowReport:
     Attributes:
         stride: tokens between the starts of two windows; the segment length for fresh segments.
         conditions: scores by name: ``backbone``, ``no_memory``, ``memory_<size>``,
-            ``foreign_memory``, ``knn_lm``, ``dense``.
+            ``foreign_memory``, ``knn_lm``, ``knn_memory``, ``dense``.
         per_document: in the order given.
         by_position: bins along the window.
         intervals: of each condition against the backbone, of each memory against ``no_memory``, and
-            of the largest against ``foreign_memory`` and ``knn_lm``, by every method.
+            of the largest against ``foreign_memory`` and ``knn_lm``, and of ``knn_memory`` against
+            both of its parts, by every method.
     """
 
     stride: int

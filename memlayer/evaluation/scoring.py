@@ -37,6 +37,7 @@ Advance = Callable[[int], None]
 
 FOREIGN = "foreign_memory"
 KNN_LM = "knn_lm"
+KNN_MEMORY = "knn_memory"
 
 # Rows of float32 logits at a time: 256 x 152k vocabulary are 150 MiB.
 _ROWS_AT_ONCE = 256
@@ -90,15 +91,15 @@ def model_losses(
         input_ids: ``(n,)``, int64, n at least 2.
         memories: empty banks by the condition's name. They hold the document afterwards.
         foreign: another document and an empty bank for it: the condition ``foreign_memory``.
-        nearest: of no context yet: the condition ``knn_lm``.
+        nearest: of no context yet: the conditions ``knn_lm`` and, with a memory, ``knn_memory``.
         segment_length: tokens of a window.
         stride: tokens between the starts of two windows.
         advance: called with the tokens that each window has read.
 
     Returns:
         Losses ``(n - 1,)``, float32, on the CPU, by condition: ``backbone``, ``no_memory``, the
-        names of ``memories``, and ``foreign_memory`` and ``knn_lm`` if they are asked for. And the
-        most tokens that a memory held when it was read.
+        names of ``memories``, and ``foreign_memory``, ``knn_lm`` and ``knn_memory`` if they are
+        asked for. And the most tokens that a memory held when it was read.
     """
     positions = len(input_ids) - 1
     losses = {name: torch.empty(positions) for name in ("backbone", "no_memory", *memories)}
@@ -111,7 +112,7 @@ def model_losses(
         repeats = -(-positions // len(foreign.input_ids))
         other_ids = foreign.input_ids.repeat(repeats)
     if nearest is not None:
-        losses[KNN_LM] = torch.empty(positions)
+        losses |= {name: torch.empty(positions) for name in (KNN_LM, KNN_MEMORY)}
     held = 0
     for window in windows(positions, segment_length, stride):
         pending.write_before(window.start)
@@ -128,13 +129,17 @@ def model_losses(
             hidden = model.parts.final_norm(states.hidden_states[-1][0, -kept:])
             following = input_ids[window.score_from + 1 : window.end + 1].long()
             nearest.write_before(window.start)
-            losses[KNN_LM][scored] = nearest.losses(hidden, following, losses["backbone"][scored])
+            votes = nearest.votes(hidden, following)
+            losses[KNN_LM][scored] = nearest.mixed(losses["backbone"][scored], votes)
             nearest.push(hidden, following)
         logits = model.read(states, None, logits_to_keep=kept)
         losses["no_memory"][scored] = _token_losses(logits, input_ids, window)
         for name, memory in read.items():
             logits = model.read(states, memory, logits_to_keep=kept)
             losses[name][scored] = _token_losses(logits, input_ids, window)
+        if nearest is not None and memories:
+            largest = losses[list(memories)[-1]][scored]
+            losses[KNN_MEMORY][scored] = nearest.mixed(largest, votes)
         pending.push(_last(states.keys, kept), _last(states.values, kept))
         if foreign is not None:
             inputs = other_ids[window.start : window.end].unsqueeze(0).to(model.device)

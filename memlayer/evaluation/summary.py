@@ -18,7 +18,7 @@ from memlayer.evaluation.results import (
     WindowReport,
     recovery,
 )
-from memlayer.evaluation.scoring import FOREIGN, KNN_LM
+from memlayer.evaluation.scoring import FOREIGN, KNN_LM, KNN_MEMORY
 from memlayer.evaluation.statistics import Interval, Method, paired_interval
 from memlayer.evaluation.windows import places_in_window
 
@@ -146,7 +146,8 @@ def _intervals(losses: Losses, resamples: int, seed: int) -> Iterator[Interval]:
     if FOREIGN in losses.by_condition:
         pairs += [(FOREIGN, "no_memory"), (list(losses.sizes)[-1], FOREIGN)]
     if KNN_LM in losses.by_condition:
-        pairs.append((list(losses.sizes)[-1], KNN_LM))
+        largest = list(losses.sizes)[-1]
+        pairs += [(largest, KNN_LM), (KNN_MEMORY, largest), (KNN_MEMORY, KNN_LM)]
     pairs += [(name, "backbone") for name in losses.by_condition if name != "backbone"]
     block = SEGMENTS_PER_BLOCK * losses.segment_length
     for condition, against in pairs:

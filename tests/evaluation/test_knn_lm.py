@@ -102,9 +102,17 @@ def test_it_is_a_condition_like_the_others(
     result = evaluate_perplexity(model, documents, options)
     for report in (result.overall, result.fresh):
         assert report is not None
-        assert list(report.conditions) == ["backbone", "no_memory", "memory_256", "knn_lm"]
+        assert list(report.conditions) == [
+            "backbone",
+            "no_memory",
+            "memory_256",
+            "knn_lm",
+            "knn_memory",
+        ]
         assert report.interval("memory_256", "knn_lm", "documents-t").difference != 0
         assert report.interval("knn_lm", "backbone", "documents-t").difference != 0
+        assert report.interval("knn_memory", "memory_256", "documents-t").difference != 0
+        assert report.interval("knn_memory", "knn_lm", "documents-t").difference != 0
     assert result.settings["knn_neighbors"] == 8
     alone = evaluate_perplexity(model, documents[1:], options).overall.per_document[0]
     together = result.overall.per_document[1]
@@ -131,3 +139,28 @@ def test_it_needs_a_memory_to_compare_with(
     for subject in (model, model.backbone):
         with pytest.raises(ConfigError, match="knn_lm reads as many contexts as the largest mem"):
             evaluate_perplexity(subject, [make_document(60)], options)
+
+
+def test_votes_are_mixed_into_the_largest_memory_too(
+    model: LongMemModel, make_document: Callable[..., TokenDocument]
+) -> None:
+    document = make_document(75)
+    options = PerplexityOptions(knn_lm=True, knn_neighbors=8, knn_weight=0.3)
+    evaluation = _Evaluation.plan(model, [document], options, None)
+    nearest = evaluation._nearest(model)
+    with torch.inference_mode():
+        losses, _ = model_losses(
+            model,
+            document.input_ids,
+            memories={"small": model.new_memory(16), "large": model.new_memory(256)},
+            nearest=nearest,
+            segment_length=LENGTH,
+            stride=LENGTH,
+            advance=lambda _: None,
+        )
+    votes = losses["knn_lm"].neg().exp() - 0.7 * losses["backbone"].neg().exp()
+    expected = -(0.7 * losses["large"].neg().exp() + votes).log()
+    assert torch.equal(losses["knn_memory"][:LENGTH], losses["large"][:LENGTH])
+    torch.testing.assert_close(
+        losses["knn_memory"][LENGTH:], expected[LENGTH:], rtol=1e-3, atol=1e-3
+    )

@@ -19,6 +19,7 @@ COLOURS = {
     "control": "#7a4fa3",
     "foreign_memory": "#c2a13a",
     "knn_lm": "#b0537a",
+    "knn_memory": "#5f8f3e",
     "memory": "#0b7a75",
     "dense": "#4c5a73",
 }
@@ -119,7 +120,7 @@ def _by_local_context(
 ) -> None:
     places = [(item["start"] + item["end"]) / 2 for item in result["by_position"]]
     largest = list(_sizes(result).values())[-1:]
-    for name in ("no_memory", "foreign_memory", "knn_lm", *largest, "dense"):
+    for name in ("no_memory", "foreign_memory", "knn_lm", "knn_memory", *largest, "dense"):
         if name not in result["conditions"]:
             continue
         values = [_change(item["perplexity"], name) for item in result["by_position"]]
@@ -167,4 +168,5 @@ def _shown(name: str) -> str:
         "foreign_memory": "another's memory",
         "control": "trained without memory",
         "knn_lm": "kNN-LM",
+        "knn_memory": "memory and kNN-LM",
     }.get(name, name)
