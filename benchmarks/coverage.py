@@ -158,26 +158,11 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": (16, 16)},
     "rwkv": {"attention_hidden_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 4}},
-    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 4}},
 }
 """What a default configuration leaves open, by model type."""
 
-DRAFTER = {
-    "text_config": {
-        "hidden_size_per_layer_input": 0,
-        "vocab_size_per_layer_input": 0,
-    }
-}
-AT_ONCE: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": DRAFTER,
-    "gemma4_unified_assistant": DRAFTER,
-}
-"""What a default configuration is refused without."""
-
-OTHER_INPUT = {"blt", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody"}
-"""Not run on rows of ids before they are wrapped: they read bytes in patches, four streams, or what
-another model computed."""
+OTHER_INPUT = {"blt", "musicgen", "musicgen_melody"}
+"""Not run on rows of ids before they are wrapped: they read bytes in patches, or four streams."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +267,7 @@ def build(model_type: str) -> transformers.PreTrainedModel:
 
 def config_of(model_type: str) -> Any:
     """Give the default configuration, or the part of it that is the language model's own."""
-    config = CONFIG_MAPPING[model_type](**AT_ONCE.get(model_type, {}))
+    config = CONFIG_MAPPING[model_type]()
     kind = getattr(transformers, CLASSES[model_type]).config_class
     parts = [value for value in vars(config).values() if isinstance(value, kind)]
     return config if isinstance(config, kind) or len(parts) != 1 else parts[0]

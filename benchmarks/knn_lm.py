@@ -5,7 +5,7 @@
 DATA has books/books_validation.jsonl.gz and so on. Every validation document is read once in fresh
 segments; the same nearest contexts then vote with every weight and temperature, and the best
 settings of each domain are taken. With a checkpoint, the test documents of benchmarks/reference.py
-are scored: the backbone, kNN-LM, and the side network with memory, which hold as many tokens.
+are scored: the backbone, kNN-LM, the side network with as many tokens of memory, and both.
 """
 
 from __future__ import annotations

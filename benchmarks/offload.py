@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def measure(backbone: Any, text: Tensor, size: int, arguments: argparse.Namespace) -> None:
-    """Fill three memories with the same, time a step with each, print a line for each."""
+    """Fill the memories with the same, time a step with each, print a line for each."""
     config = memlayer.LongMemConfig(
         backend=arguments.backend,
         memory_size=size,
@@ -133,7 +133,7 @@ def report(
                 peaks[place] = torch.cuda.max_memory_allocated() / 2**20
             model.zero_grad(set_to_none=True)
     if len(set(losses.values())) > 1:
-        raise SystemExit(f"the three memories do not agree: {losses}")
+        raise SystemExit(f"the memories do not agree: {losses}")
     first = next(iter(memories))
     ring = memories[first]._held_ring()
     stored = (ring.keys.nbytes + ring.values.nbytes) / 2**20

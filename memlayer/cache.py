@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,7 +36,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     for partial in folder.parent.glob("partial-*"):
         if time.time() - _last_change(partial) > STALE_SECONDS:
             shutil.rmtree(partial, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
+    partial = folder.parent / f"partial-{uuid.uuid4().hex}"
+    partial.mkdir()
     try:
         yield partial
         try:

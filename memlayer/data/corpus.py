@@ -23,7 +23,7 @@ import torch
 
 from memlayer.cache import user_cache, whole_folder
 from memlayer.data.builtin import BUILTIN_CORPORA
-from memlayer.data.documents import DistinctTexts, Document, Split, text_hash
+from memlayer.data.documents import DistinctTexts, Document, Split
 from memlayer.data.sources import iterate_documents
 from memlayer.data.splits import select_split
 from memlayer.data.tokens import TokenDocument, digest_of, tokenize_stream, tokenizer_fingerprint
@@ -136,8 +136,11 @@ def prepare_corpus(
     found = _open(place, made_of)
     if found is not None:
         return found
-    if place.exists() and any(place.iterdir()) and not (place / CORPUS).exists():
-        raise DataError(f"{place} holds something else than a corpus; give another folder")
+    if place.exists() and (
+        not place.is_dir()
+        or any(path.name not in (TOKENS, DOCUMENTS, CORPUS) for path in place.iterdir())
+    ):
+        raise DataError(f"{place} is or holds something else than a corpus; give another folder")
     documents = iterate_documents(sources, text_field=text_field)
     try:
         if place.exists():
@@ -166,9 +169,16 @@ def _write(
     entries: list[CorpusEntry] = []
     hashes: list[str] = []
     start = 0
+
+    def fresh() -> Iterator[Document]:
+        for document in documents:
+            found = distinct.add(document)
+            if found is not None:
+                hashes.append(found)
+                yield document
+
     with (folder / TOKENS).open("wb") as file:
-        fresh = (document for document in documents if distinct.add(document))
-        for document, tokens in tokenize_stream(fresh, tokenizer):
+        for document, tokens in tokenize_stream(fresh(), tokenizer):
             file.write(tokens.input_ids.numpy().astype("<i4").tobytes())
             entries.append(
                 CorpusEntry(
@@ -181,7 +191,6 @@ def _write(
                     split=document.split,
                 )
             )
-            hashes.append(text_hash(document.text))
             start += len(tokens.input_ids)
             if progress is not None:
                 progress(len(entries))

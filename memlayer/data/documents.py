@@ -37,26 +37,22 @@ class DistinctTexts:
         self._hashes: dict[str, set[str]] = {}
         self._repeated = 0
 
-    def add(self, document: Document) -> bool:
-        """Take a document; False if its very text was there under its id."""
-        hashes, found = self._hashes.setdefault(document.id, set()), text_hash(document.text)
+    def add(self, document: Document) -> str | None:
+        """Take a document and give its text's hash; None if that text was there under its id."""
+        found = hashlib.sha256(document.text.encode()).hexdigest()[:32]
+        hashes = self._hashes.setdefault(document.id, set())
         if found in hashes:
             self._repeated += 1
-            return False
+            return None
         hashes.add(found)
-        return True
+        return found
 
-    def final_id(self, document_id: str, found: str) -> str:
+    def final_id(self, document_id: str, text_hash: str) -> str:
         """Give an id, once all documents are taken: the text's hash is behind it if need be."""
         alone = len(self._hashes[document_id]) == 1
-        return document_id if alone else f"{document_id}#{found[:8]}"
+        return document_id if alone else f"{document_id}#{text_hash[:8]}"
 
     def report(self) -> None:
         """Log how many documents were there already."""
         if self._repeated:
             logger.warning("left out %d documents that the sources give twice", self._repeated)
-
-
-def text_hash(text: str) -> str:
-    """Give 32 hexadecimal digits that no other text has."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from memlayer.data.builtin import BUILTIN_CORPORA
-from memlayer.data.documents import DistinctTexts, Document, Split, text_hash
+from memlayer.data.documents import DistinctTexts, Document, Split
 from memlayer.data.files import read_file, read_folder
 from memlayer.data.hub import read_hub_dataset
 from memlayer.data.splits import select_split
@@ -112,9 +112,10 @@ def _missing_path(path: Path) -> str:
 
 def _unique(documents: Iterable[Document]) -> list[Document]:
     distinct = DistinctTexts()
-    unique = [document for document in documents if distinct.add(document)]
+    unique = [
+        (document, found) for document in documents if (found := distinct.add(document)) is not None
+    ]
     distinct.report()
     return [
-        replace(document, id=distinct.final_id(document.id, text_hash(document.text)))
-        for document in unique
+        replace(document, id=distinct.final_id(document.id, found)) for document, found in unique
     ]

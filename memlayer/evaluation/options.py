@@ -16,14 +16,9 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Called with what is done and what there is in all."""
 
 
-_NO_COUNTS = {
-    "fresh",
-    "foreign_memory",
-    "memory_sizes",
-    "knn_lm",
-    "knn_weight",
-    "knn_temperature",
-}
+KNN_SETTINGS = ("knn_neighbors", "knn_weight", "knn_temperature")
+
+_NO_COUNTS = {"fresh", "foreign_memory", "memory_sizes", "knn_lm", "knn_weight", "knn_temperature"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +87,10 @@ class PerplexityOptions:
             if item.name in _NO_COUNTS or value is None:
                 continue
             _check_count(item.name, value, 0 if item.name == "seed" else 1)
+        settings = {name: getattr(self, name) for name in KNN_SETTINGS}
+        if not self.knn_lm and settings != {name: getattr(type(self), name) for name in settings}:
+            given = ", ".join(f"{name}={value}" for name, value in settings.items())
+            raise ConfigError(f"{', '.join(settings)} belong to knn_lm, got {given} without it")
         if not 0 < self.knn_weight < 1:
             raise ConfigError(f"knn_weight must be between 0 and 1, got {self.knn_weight}")
         if not 0 < self.knn_temperature < math.inf:

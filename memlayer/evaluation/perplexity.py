@@ -6,7 +6,7 @@ Every condition scores the same tokens: all of every document but its first.
     no_memory      the side network, its memory off
     memory_<size>  the side network with that many tokens of memory, empty at each document's start
     foreign_memory the side network with the largest memory, which holds the next document instead
-    knn_lm         the frozen backbone and the votes of its own nearest contexts, as many
+    knn_lm         the frozen backbone and the votes of its own nearest contexts of the past
     knn_memory     the largest memory and the same votes
     dense          the frozen backbone with far more context: the bound
 """
@@ -25,7 +25,7 @@ from memlayer.config import LongMemConfig
 from memlayer.discovery import parts_of
 from memlayer.errors import ConfigError, DataError, ShapeError, UnsupportedModelError
 from memlayer.evaluation.knn_lm import NearestTokens
-from memlayer.evaluation.options import PerplexityOptions, Progress, Windowing
+from memlayer.evaluation.options import KNN_SETTINGS, PerplexityOptions, Progress, Windowing
 from memlayer.evaluation.results import PerplexityResult, WindowReport
 from memlayer.evaluation.scoring import (
     FOREIGN,
@@ -88,7 +88,7 @@ def evaluate_perplexity(
             "fresh": options.fresh,
             "memory_sizes": list(evaluation.sizes.values()),
             "foreign_memory": options.foreign_memory,
-            **(_knn_settings(options) if options.knn_lm else {}),
+            **{name: getattr(options, name) for name in KNN_SETTINGS if options.knn_lm},
             "resamples": options.resamples,
             "seed": options.seed,
         },
@@ -298,12 +298,6 @@ class _Evaluation:
             for name, memory in memories.items()
             if memory.capacity < positions or name == self.headline
         }
-
-
-def _knn_settings(options: PerplexityOptions) -> dict[str, float]:
-    return {
-        name: getattr(options, name) for name in ("knn_neighbors", "knn_weight", "knn_temperature")
-    }
 
 
 def _check_documents(documents: Sequence[TokenDocument]) -> None:

@@ -4,7 +4,8 @@
                             ├─► side network, no memory ─────────► losses
                             ├─► side network, memory of M tokens ► losses, for each M
                             ├─► side network, another's memory ──► losses
-                            ├─► backbone and its nearest contexts ► losses (kNN-LM)
+                            ├─► votes of the nearest contexts ───► losses of the backbone and of
+                            │                                      the largest memory with them
                             └─► keys, values of newly read tokens ─► wait until they left the window
                                                                      └─► every memory
 
@@ -112,7 +113,8 @@ def model_losses(
         repeats = -(-positions // len(foreign.input_ids))
         other_ids = foreign.input_ids.repeat(repeats)
     if nearest is not None:
-        losses |= {name: torch.empty(positions) for name in (KNN_LM, KNN_MEMORY)}
+        names = (KNN_LM, KNN_MEMORY) if memories else (KNN_LM,)
+        losses |= {name: torch.empty(positions) for name in names}
     held = 0
     for window in windows(positions, segment_length, stride):
         pending.write_before(window.start)

@@ -131,7 +131,7 @@ def _model_of(
     memory_layer = _chosen(settings.memory_layer, told, "retrieval_layer_index", last, place)
     if memory_layer // reduction != reader:
         raise ConfigError(
-            f"memory_layer must be one of {reduction * reader} to {reduction * (reader + 1) - 1}, "
+            f"memory_layer must be one of {reduction * reader} to {last}, "
             f"which side layer {reader} reads, got {memory_layer}"
         )
     memory = LongMemConfig(

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
-from memlayer.errors import ShapeError
+from memlayer.config import MemoryStorage
+from memlayer.errors import ConfigError, ShapeError
 from memlayer.memory import checks, persistence
 from memlayer.memory.documents import DocumentRecord, Documents
 from memlayer.memory.offload import bring
@@ -27,7 +28,6 @@ from memlayer.memory.ring import ChunkRing, Chunks
 from memlayer.memory.waiting import NewTokens, WaitingTokens
 
 if TYPE_CHECKING:
-    from memlayer.config import MemoryStorage
     from memlayer.retrieval import RetrievalBackend
 
 MakeIndex = Callable[[int], "RetrievalBackend"]
@@ -91,6 +91,10 @@ class MemoryBank:
         self.dtype = dtype
         # With its number: tensors on "cuda" say that they are on "cuda:0".
         self.device = torch.empty(0, device=device).device
+        if storage not in get_args(MemoryStorage):
+            raise ConfigError(
+                f"storage must be one of {', '.join(get_args(MemoryStorage))}, got {storage!r:.80}"
+            )
         self.storage = storage
         self.shared = shared
         self.identity = identity

@@ -24,8 +24,8 @@ class Retrieved:
         places: ``(B, H, T, n)``, int64. Positions in ``keys`` and ``values``, counted through all
             stores; valid where not found too.
         keys: stores of ``(places, C, D)``, one after the other: of one memory layer of each memory
-            that was searched, flattened. Not copies, unless the memory lies on another device:
-            then each chunk that was found, once.
+            that was searched, flattened. Not copies, unless the memory's storage is
+            ``"host"``: then each chunk that was found, once.
         values: likewise.
         intact: whether what was found is still there, to be asked before it is read again.
     """

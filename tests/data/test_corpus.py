@@ -129,8 +129,10 @@ def test_wrong_sources_and_folders_leave_nothing_behind(
     assert list(folder.parent.iterdir()) == []
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(DataError, match="mine holds something else than a corpus; give another"):
-        prepare_corpus(sources, tokenizer, folder=tmp_path / "mine")
+    (tmp_path / "mine" / CORPUS).write_text("{}")  # somebody's own file of that name
+    for place in ("mine", "mine/letter.txt"):
+        with pytest.raises(DataError, match="is or holds something else than a corpus; give anoth"):
+            prepare_corpus(sources, tokenizer, folder=tmp_path / place)
     assert (tmp_path / "mine" / "letter.txt").exists()
     shutil.rmtree(folder.parent)
     folder.parent.write_text("a file in the way")

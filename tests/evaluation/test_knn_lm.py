@@ -88,6 +88,7 @@ def test_every_loss_is_the_equations(
     expected = plain_losses(model, ids, stride=stride, capacity=capacity, options=options)
     assert losses["knn_lm"].tolist() == pytest.approx(expected, rel=2e-4)
     assert not torch.equal(losses["knn_lm"], losses["backbone"])
+    assert "knn_memory" not in losses  # there is no memory to mix votes into
     # Nothing votes in the first window.
     assert torch.equal(losses["knn_lm"][:LENGTH], losses["backbone"][:LENGTH])
     if capacity > len(ids):
@@ -125,11 +126,15 @@ def test_it_is_a_condition_like_the_others(
         ({"knn_weight": 1.0}, "knn_weight must be between 0 and 1, got 1.0"),
         ({"knn_temperature": 0.0}, "knn_temperature must be above 0, got 0.0"),
         ({"knn_neighbors": 0}, "knn_neighbors must be at least 1, got 0"),
+        (
+            {"knn_lm": False, "knn_weight": 0.1},
+            "knn_temperature belong to knn_lm, got .*0.1, .* wi",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PerplexityOptions(**settings)  # type: ignore[arg-type]
+        PerplexityOptions(**({"knn_lm": True} | settings))  # type: ignore[arg-type]
 
 
 def test_it_needs_a_memory_to_compare_with(

@@ -11,6 +11,7 @@ import torch
 
 import memlayer
 from memlayer.attention import memory_attention
+from memlayer.errors import ConfigError
 from memlayer.memory.offload import bring
 
 GPU = [
@@ -85,6 +86,11 @@ def test_what_was_brought_outlives_what_is_written_later(make_numbered_bank, fee
     assert torch.equal(again[1], values)
     attended.sum().backward()
     assert query.grad.isfinite().all()
+
+
+def test_another_storage_is_refused(make_numbered_bank):
+    with pytest.raises(ConfigError, match="storage must be one of device, host, got 'disk'"):
+        make_numbered_bank(storage="disk")
 
 
 LOOK = """
