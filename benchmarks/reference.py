@@ -9,8 +9,14 @@ condition, and summary.json:
     control   the same side network, memory switched off throughout
     lora      the backbone with LoRA (peft) of about as many trainable weights, no memory
 
-RUN/memory and RUN/control also hold the weights in 8 bits, in a folder ``small``. A condition that
-is there already is left out, so that the command can be given again.
+Only when asked for with --conditions, both ways at once at the same cost in weights and tokens:
+
+    tuned          LoRA of the weights that a smaller side network leaves, merged; half of the steps
+    tuned_memory   that side network around it, reading its memory; the other half of the steps
+    tuned_control  the same, memory switched off throughout
+
+Side networks are also kept in 8 bits, in a folder ``small``. A condition that is there already is
+left out, so that the command can be given again.
 """
 
 from __future__ import annotations
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from memlayer.backbones import Backbone
 
 DOMAINS = ("books", "technical", "code")
+CONDITIONS = ("memory", "control", "lora", "tuned", "tuned_memory", "tuned_control")
 
 
 def main() -> None:
@@ -43,7 +50,6 @@ def main() -> None:
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     summary = output / "summary.json"
-    done: dict[str, Any] = json.loads(summary.read_text()) if summary.exists() else {}
     # A small one on a GPU, so that what it wrote down is kept in half width there too.
     backbone = memlayer.load_backbone(
         arguments.backbone, dtype=arguments.dtype, device=arguments.device
@@ -53,19 +59,24 @@ def main() -> None:
         for split in ("train", "validation")
     }
     for condition in arguments.conditions:
-        if condition in done:
+        if condition in read_summary(summary):
             continue
         began = time.perf_counter()
-        make = train_lora_control if condition == "lora" else train_side_network
-        result = make(arguments, backbone, documents, output / condition)
-        done[condition] = {
-            **result,
+        result = make_condition(condition, arguments, backbone, documents)
+        result |= {
             "wall_seconds": time.perf_counter() - began,
             "device": device_name(arguments.device),
             "arguments": vars(arguments),
         }
+        # Read again: another process may have made another condition meanwhile.
+        done = {**read_summary(summary), condition: result}
         summary.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
         print(json.dumps({condition: result}))
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Give what is known of the conditions that are there."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -80,8 +91,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
-    conditions = ["memory", "control", "lora"]
-    parser.add_argument("--conditions", nargs="+", default=conditions, choices=conditions)
+    parser.add_argument("--conditions", nargs="+", default=CONDITIONS[:3], choices=CONDITIONS)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--characters", type=int, default=240_000, help="of each document")
 
@@ -96,6 +106,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
     parser.add_argument("--memory-layers", type=int, nargs="+", default=[14, 16, 20, 22])
     parser.add_argument("--reduction", type=int, default=3)
+    parser.add_argument("--tuned-memory-layers", type=int, nargs="+", default=[14, 18, 20])
+    parser.add_argument("--tuned-reduction", type=int, default=5)
     parser.add_argument("--memory-size", type=int, default=16_384)
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--chunk-size", type=int, default=1)
@@ -142,21 +154,55 @@ def memory_config(arguments: argparse.Namespace) -> memlayer.LongMemConfig:
     )
 
 
-def train_side_network(
+def make_condition(
+    condition: str,
     arguments: argparse.Namespace,
+    backbone: Backbone,
+    documents: dict[str, list[Document]],
+) -> dict[str, Any]:
+    """Train one condition of `CONDITIONS`."""
+    output = Path(arguments.output) / condition
+    whole = memory_config(arguments)
+    part = replace(
+        whole,
+        memory_layers=tuple(arguments.tuned_memory_layers),
+        layer_reduction_factor=arguments.tuned_reduction,
+    )
+    tuning_steps = arguments.steps // 2
+    options = training_options(arguments)
+    if condition in ("memory", "control"):
+        return train_side_network(whole, options, backbone, documents, output)
+    if condition == "lora":
+        weights = trainable_weights(backbone, whole)
+        return train_lora_control(arguments, options, weights, backbone, documents, output)
+    if condition == "tuned":
+        options = replace(options, steps=tuning_steps)
+        weights = trainable_weights(backbone, whole) - trainable_weights(backbone, part)
+        return train_lora_control(arguments, options, weights, backbone, documents, output)
+    # Another seed, another order: the tokens that come first are not those of the tuning.
+    options = replace(options, steps=arguments.steps - tuning_steps, seed=arguments.seed + 1)
+    tuned = memlayer.load_backbone(
+        str(output.with_name("tuned") / "backbone"), dtype=arguments.dtype, device=arguments.device
+    )
+    return train_side_network(part, options, tuned, documents, output)
+
+
+def train_side_network(
+    config: memlayer.LongMemConfig,
+    options: TrainingOptions,
     backbone: Backbone,
     documents: dict[str, list[Document]],
     output: Path,
 ) -> dict[str, Any]:
-    """Train a side network; the one called ``control`` with its memory switched off."""
-    model = memlayer.wrap(backbone.model, memory_config(arguments))
-    with model.disable_memory() if output.name == "control" else nullcontext():
+    """Train a side network; one called ``control`` with its memory switched off."""
+    model = memlayer.wrap(backbone.model, config)
+    with model.disable_memory() if output.name.endswith("control") else nullcontext():
         result = train(
             model,
             backbone.tokenizer,
             documents["train"],
             documents["validation"],
-            training_options(arguments),
+            options,
             output=output,
         )
     model.save_pretrained(output / "small", dtype="int8")
@@ -165,37 +211,50 @@ def train_side_network(
     return {**result.to_dict(), "trainable": trainable, "gates": gates}
 
 
+def trainable_weights(backbone: Backbone, config: memlayer.LongMemConfig) -> int:
+    """Count the weights of a side network."""
+    wrapped = memlayer.wrap(backbone.model, config)
+    return sum(weight.numel() for weight in wrapped.trainable_parameters())
+
+
 def train_lora_control(
     arguments: argparse.Namespace,
+    options: TrainingOptions,
+    weights: int,
     backbone: Backbone,
     documents: dict[str, list[Document]],
     output: Path,
 ) -> dict[str, Any]:
-    """Train LoRA of about as many weights as the side network has."""
+    """Train LoRA of about so many weights; one called ``tuned`` is kept merged too."""
     from lora import lora_model, train_lora, trainable
+    from peft import PeftModel
 
-    wrapped = memlayer.wrap(backbone.model, memory_config(arguments))
-    model = lora_model(
-        backbone.model, sum(w.numel() for w in wrapped.trainable_parameters()), arguments.seed
-    )
+    model = lora_model(backbone.model, weights, arguments.seed)
     losses: list[tuple[int, float]] = []
     began = time.perf_counter()
     tokens = train_lora(
         model.train(),
         tokenize_documents(documents["train"], backbone.tokenizer),
-        training_options(arguments),
+        options,
         segment_length=arguments.segment_length,
         learning_rate=arguments.lora_learning_rate,
         log=lambda step, loss: losses.append((step, loss)),
     )
     seconds = time.perf_counter() - began
     model.save_pretrained(str(output))
+    counted = sum(weight.numel() for weight in trainable(model))
+    if output.name == "tuned":
+        # In float32: in half width small updates would be lost in what they are added to.
+        bare = memlayer.load_backbone(arguments.backbone)
+        merged = PeftModel.from_pretrained(bare.model, str(output)).merge_and_unload()
+        merged.save_pretrained(str(output / "backbone"))
+        backbone.tokenizer.save_pretrained(str(output / "backbone"))
     return {
-        "steps": arguments.steps,
+        "steps": options.steps,
         "tokens": tokens,
         "seconds": seconds,
         "losses": losses,
-        "trainable": sum(weight.numel() for weight in trainable(model)),
+        "trainable": counted,
     }
 
 

@@ -4,14 +4,16 @@
 
 Every condition in RUN is scored on the same tokens of the same documents: ``memory`` with its
 memory on and off and with another document's, ``control`` without memory, ``lora`` as a plain
-backbone. RUN/evaluation gets a JSON file for each condition and domain; one that is there already
-is not made again, so that the command can be given again, or on another machine.
+backbone; the ``tuned`` ones likewise, around their own backbone. RUN/evaluation gets a JSON file
+for each condition and domain; one that is there already is not made again, so that the command can
+be given again, or on another machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from reference import DOMAINS
+from reference import CONDITIONS, DOMAINS
 
 import memlayer
 from memlayer.data import load_documents, tokenize_documents
@@ -67,8 +69,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--run", required=True)
     parser.add_argument("--split", default="validation", choices=["validation", "test"])
     parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
-    conditions = ["memory", "control", "lora"]
-    parser.add_argument("--conditions", nargs="+", default=conditions, choices=conditions)
+    parser.add_argument("--conditions", nargs="+", default=CONDITIONS, choices=CONDITIONS)
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="fp32", choices=["bf16", "fp32"])
@@ -109,26 +110,33 @@ def evaluated(
     documents: list[TokenDocument],
 ) -> Result:
     """Score one condition."""
+    memory = condition.endswith("memory")
     options = PerplexityOptions(
         segment_length=512,
         stride=arguments.stride,
         fresh=False,
-        memory_sizes=arguments.memory_sizes if condition == "memory" else [],
-        foreign_memory=condition == "memory" and len(documents) > 1,
+        memory_sizes=arguments.memory_sizes if memory else [],
+        foreign_memory=memory and len(documents) > 1,
         # A property of the backbone, so that one condition measures it for all.
         dense_context=(arguments.dense_context or None) if condition == "memory" else None,
         dense_stride=(arguments.dense_stride or None) if condition == "memory" else None,
         resamples=1000,
     )
     folder = Path(arguments.run) / condition
-    if condition == "lora":
+    if condition in ("lora", "tuned"):
         # Loading an adapter changes the backbone that it is given.
         bare = memlayer.load_backbone(
             arguments.backbone, dtype=arguments.dtype, device=arguments.device
         )
         model = PeftModel.from_pretrained(bare.model, str(folder)).merge_and_unload()
     else:
-        model = memlayer.load(folder / "small", backbone=backbone.model, backend="torch")
+        around = backbone
+        if condition.startswith("tuned"):
+            tuned = folder.with_name("tuned") / "backbone"
+            around = memlayer.load_backbone(
+                str(tuned), dtype=arguments.dtype, device=arguments.device
+            )
+        model = memlayer.load(folder / "small", backbone=around.model, backend="torch")
     return evaluate_perplexity(model, documents, options).to_dict()
 
 
@@ -151,12 +159,15 @@ def lines_of(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
     yield ""
     yield "| domain | condition | against | change of perplexity | 95 % interval over documents |"
     yield "| --- | --- | --- | --- | --- |"
-    memory = [name for name in names if name.startswith("memory")][-1:]
+    sizes = [name for name in names if re.search(r"memory \d+$", name)]
+    # The largest of each network, against whatever is no memory of that network.
+    largest = {re.sub(r"memory \d+$", "", name): name for name in sizes}
     for domain, columns in merged.items():
         for name, against in (
-            *((name, other) for name in memory for other in names if other not in memory),
+            *((name, other) for name in largest.values() for other in names if other != name),
             ("foreign memory", "memory off"),
             ("foreign memory", "trained without memory"),
+            ("tuned, foreign memory", "tuned, trained without memory"),
         ):
             if name in columns and against in columns:
                 yield f"| {domain} | {name} | {against} | {change(columns[name], columns[against])}"
@@ -165,15 +176,19 @@ def lines_of(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
 def conditions_of(results: Mapping[str, Result]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Give each column's tokens and perplexity by document."""
     for model, result in results.items():
+        tuned = "tuned, " if model.startswith("tuned") else ""
         for name in result["conditions"]:
             if name == "backbone" and model == "lora":
                 shown = "LoRA"
-            elif name == "no_memory":
-                shown = "memory off" if model == "memory" else "trained without memory"
+            elif name == "backbone" and model == "tuned":
+                shown = "tuned"
             elif name == "backbone" and model != next(iter(results)):
                 continue
+            elif name == "no_memory":
+                off = "memory off" if model.endswith("memory") else "trained without memory"
+                shown = tuned + off
             else:
-                shown = name.replace("_", " ")
+                shown = tuned + name.replace("_", " ")
             yield (
                 shown,
                 {
