@@ -10,10 +10,11 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from memlayer.errors import ConfigError
-from memlayer.evaluation.tasks.task import Item, Split, Task, at_least, read_records
+from memlayer.evaluation.tasks.scores import starts_with
+from memlayer.evaluation.tasks.task import Answering, Item, Split, Task, at_least, read_records
 
 LABELS: Mapping[str, tuple[str, ...]] = {
     "sst2": ("positive", "negative"),
@@ -45,6 +46,9 @@ class InContextLearningOptions:
     seeds: int = 6
     """Drawings of demonstrations; every question is asked under each."""
 
+    greedy: bool = False
+    """Decode greedily, and count an answer that begins with the label, as the paper does."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "datasets", tuple(self.datasets))
         for name in self.datasets:
@@ -55,19 +59,28 @@ class InContextLearningOptions:
         at_least("shots", self.shots, 0)
         at_least("cached", self.cached, 0)
         at_least("seeds", self.seeds, 1)
+        if not isinstance(self.greedy, bool):
+            raise ConfigError(f"greedy must be True or False, got {self.greedy!r}")
 
 
 class InContextLearning(Task):
     """Sentences of ``icl/{dataset}_{split}.jsonl``; demonstrations from ``_train``.
 
-    The label is the likeliest of the data set's label words. Subj asks for a type, all others for
-    a sentiment.
+    The label is the likeliest of the data set's label words; with ``greedy``, what is written. Subj
+    asks for a type, all others for a sentiment.
     """
 
     name = "icl"
     summary = "In-context learning: sentence classification with demonstrations in memory."
-    answering = "choice"
+    answering: Answering = "choice"
+    scorers: ClassVar = {"accuracy": starts_with}
+    max_new_tokens = 8
     options_type = InContextLearningOptions
+
+    def __init__(self, options: InContextLearningOptions | None = None) -> None:
+        super().__init__(options)
+        if self.options.greedy:
+            self.answering = "generation"
 
     def items(self, data: Path | None, split: Split, tokenizer: Any) -> Iterator[Item]:
         """Give every question under every seed."""
@@ -104,6 +117,7 @@ class InContextLearning(Task):
                         prompt=before + worded(dataset, str(record["text"])),
                         choices=tuple(f" {label}" for label in labels),
                         gold=labels.index(record["label"]),
+                        answers=(str(record["label"]),),
                     )
 
 

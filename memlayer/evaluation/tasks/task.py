@@ -64,9 +64,10 @@ class Task(ABC):
     summary: ClassVar[str]
     """One line for ``--help``."""
 
-    answering: ClassVar[Answering]
+    answering: Answering
     """``"choice"``: the likeliest of several; ``"target"``: how likely the one right continuation
-    is, and whether it is what greedy decoding gives; ``"generation"``: greedy text, compared."""
+    is, and whether it is what greedy decoding gives; ``"generation"``: greedy text, compared. An
+    instance may set its own, where the options decide."""
 
     chance: ClassVar[float | None] = None
     """The score of guessing, where that is the same for all items."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from memlayer.errors import ConfigError, DataError
+from memlayer.evaluation.tasks.answering import Answerer
 from memlayer.evaluation.tasks.chapterbreak import ChapterBreak, ChapterBreakOptions
 from memlayer.evaluation.tasks.icl import InContextLearning, InContextLearningOptions
 from memlayer.evaluation.tasks.kv import KeyValues, KeyValuesOptions
@@ -100,6 +101,22 @@ def test_in_context_learning(data: Path, loaded: Backbone) -> None:
     assert "Type: objective" in next(iter(memories["subj, seed 0"]))
     again = items(InContextLearning(options), data, loaded)
     assert again == found
+
+
+def test_in_context_learning_by_greedy_prefix(
+    data: Path, loaded: Backbone, model: LongMemModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = InContextLearningOptions(datasets=("sst2",), shots=2, cached=4, seeds=1, greedy=True)
+    task = InContextLearning(options)
+    assert InContextLearning().answering == "choice"
+    assert {item.answers for item in items(task, data, loaded)} == {("positive",), ("negative",)}
+    written = iter(["positive, I think", "The text is positive"] * 100)
+    monkeypatch.setattr(Answerer, "_generated", lambda *_: next(written))
+    result = evaluate_task(model, loaded.tokenizer, task, TaskOptions(max_items=1), data=data)
+    assert result.metrics == ("accuracy",)
+    # Each condition writes once: backbone, memory off, memory on. The label has to come first.
+    scores = {name: score["accuracy"].mean for name, score in result.conditions.items()}
+    assert scores == {"backbone": 1.0, "no_memory": 0.0, "memory": 1.0}
 
 
 def test_no_demonstration_is_both_in_the_window_and_in_memory(data: Path, loaded: Backbone) -> None:
