@@ -205,6 +205,21 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def read_gates(directory: Path) -> dict[int, list[float]]:
+    """Read how much each head of each memory layer takes from memory: 0 to 1, by layer.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing or damaged.
+    """
+    config = read_config(directory)
+    weights = _read_weights(directory, config)
+    layers = _settings(config, directory).memory_layers or ()
+    return {
+        layer: torch.sigmoid(weights[f"gates.{number}"].float()).tolist()
+        for number, layer in enumerate(layers)
+    }
+
+
 def check_backbone(backbone: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> None:
     """Refuse a backbone that a checkpoint was not made for.
 

@@ -129,6 +129,16 @@ class MemoryBank:
         return held.clamp(max=self.capacity)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and chunk keys, room made for coming ones included.
+
+        What the backend's index takes is its own affair and not in it.
+        """
+        ring = self._ring
+        held = () if ring is None else (ring.keys, ring.values, ring.chunk_keys)
+        return sum(tensor.nbytes for tensor in held)
+
+    @property
     def is_readable(self) -> bool:
         """Whether any row holds a whole chunk."""
         return self._ring is not None and bool(self._held_chunks().any())

@@ -265,6 +265,16 @@ def test_clearing_everything_allows_another_number_of_rows():
     assert bank.rows == 3
 
 
+def test_nbytes_counts_what_is_stored():
+    bank = make_bank(capacity=48, chunk_size=4)
+    assert bank.nbytes == 0
+    bank.write(draw(2, 48, 0), draw(2, 48, 1))
+    # Every token's key and value, a key a chunk, all float32; and the room made for more.
+    slots = bank._ring.slots
+    assert slots >= 12
+    assert bank.nbytes == 2 * slots * HEADS * DIM * 4 * (2 * 4 + 1)
+
+
 def test_storage_grows_to_capacity_and_slack_and_no_further():
     bank = make_bank(capacity=4096, chunk_size=4, slack=64)
     for step in range(40):

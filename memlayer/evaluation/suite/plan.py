@@ -7,22 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from memlayer.errors import ConfigError, UnknownNameError
 
 DOMAINS = ("books", "technical", "code")
 
+Kind: TypeAlias = Literal["perplexity", "task", "cost"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One evaluation.
+    """One evaluation: of a task, of perplexity in a domain, or of what a past costs.
 
     Attributes:
         name: unique within the suite.
-        task: the task's name, or None for perplexity.
+        task: the task's name.
         domain: of perplexity: the folder and the beginning of the file's name.
-        options: fields of `PerplexityOptions` or `TaskOptions`.
+        options: fields of `PerplexityOptions` or `TaskOptions`; of cost, arguments of
+            `measure_cost`.
         task_options: fields of the task's own options.
         max_documents: of perplexity: the first ones.
         max_tokens: of perplexity: of each document.
@@ -35,6 +38,13 @@ class Step:
     task_options: Mapping[str, Any] = field(default_factory=dict)
     max_documents: int | None = None
     max_tokens: int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """Which of the three it is."""
+        if self.task is not None:
+            return "task"
+        return "cost" if self.domain is None else "perplexity"
 
 
 def steps_of(suite: str) -> tuple[Step, ...]:
@@ -113,6 +123,7 @@ SUITES: Mapping[str, tuple[Step, ...]] = {
             options={**_FOREIGN, "dense_context": 8192},
             task_options={"lengths": (1024, 4096, 16_384)},
         ),
+        Step(name="cost", options={"pasts": tuple(1024 * 2**power for power in range(7))}),
     ),
     "small": (
         *(
@@ -124,6 +135,20 @@ SUITES: Mapping[str, tuple[Step, ...]] = {
                 max_tokens=1537,
             )
             for domain in DOMAINS
+        ),
+        Step(
+            name="overlapping-code",
+            domain="code",
+            options={
+                "memory_sizes": (1024,),
+                "stride": 256,
+                "segment_length": 512,
+                "fresh": False,
+                "dense_context": 1024,
+                "resamples": 200,
+            },
+            max_documents=2,
+            max_tokens=1537,
         ),
         Step(
             name="icl",
@@ -156,5 +181,6 @@ SUITES: Mapping[str, tuple[Step, ...]] = {
             options={"dense_context": 2048},
             task_options={"lengths": (1024,), "per_length": 2},
         ),
+        Step(name="cost", options={"pasts": (1024, 4096), "rounds": 1}),
     ),
 }

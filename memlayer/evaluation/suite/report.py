@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,18 +23,23 @@ PAPER = (
 
 
 def write_report(
-    suite: str, results: Results, output: Path, description: Mapping[str, Any]
+    suite: str,
+    results: Results,
+    output: Path,
+    description: Mapping[str, Any],
+    gates: Mapping[int, Sequence[float]],
 ) -> Path:
     """Write ``report.md``, ``report.json`` and ``figures/``; give the first's path.
 
     Args:
         suite: its name.
-        results: ``{"step": ..., "result": ...}`` by the step's name; of a control by
+        results: ``{"step": ..., "kind": ..., "result": ...}`` by the step's name; of a control by
             ``<step>-control``.
         output: the folder.
         description: of what was evaluated.
+        gates: of each memory layer's heads, 0 to 1.
     """
-    figures = [] if drawing_problem() else draw_figures(results, output / "figures")
+    figures = [] if drawing_problem() else draw_figures(results, output / "figures", gates)
     lines = [
         f"# Suite `{suite}`",
         "",
@@ -44,11 +49,18 @@ def write_report(
         *_task_lines(results),
         PAPER,
         "",
+        *_cost_lines(results),
+        *_gate_lines(gates),
         *(f"![{path.stem}]({path.relative_to(output)})" for path in figures),
     ]
     if drawing_problem():
         lines.append(f"No figures: {drawing_problem()}")
-    content = {"suite": suite, "description": dict(description), "results": dict(results)}
+    content = {
+        "suite": suite,
+        "description": dict(description),
+        "results": dict(results),
+        "gates": dict(gates),
+    }
     write_atomically(output / "report.json", json.dumps(content, indent=1).encode())
     path = output / "report.md"
     write_atomically(path, ("\n".join(lines) + "\n").encode())
@@ -59,7 +71,7 @@ def _perplexity_lines(results: Results) -> Iterator[str]:
     found = {
         name: entry["result"]
         for name, entry in results.items()
-        if entry["step"]["task"] is None and not name.endswith("-control")
+        if entry["kind"] == "perplexity" and not name.endswith("-control")
     }
     if not found:
         return
@@ -107,11 +119,7 @@ def _recovered(
 
 
 def _task_lines(results: Results) -> Iterator[str]:
-    found = {
-        name: entry["result"]
-        for name, entry in results.items()
-        if entry["step"]["task"] is not None
-    }
+    found = {name: entry["result"] for name, entry in results.items() if entry["kind"] == "task"}
     if not found:
         return
     yield "## Tasks"
@@ -140,6 +148,50 @@ def _task_lines(results: Results) -> Iterator[str]:
             shown = " | ".join(part.replace("_", " ") for part in names)
             yield f"| {shown} | {item['difference']:+.3f} | {interval} |"
         yield ""
+
+
+def _cost_lines(results: Results) -> Iterator[str]:
+    for entry in results.values():
+        if entry["kind"] != "cost":
+            continue
+        result = entry["result"]
+        machine = result["machine"]
+        yield "## Cost of the past"
+        yield ""
+        yield (
+            f"One more segment of {result['segment_length']} tokens, {result['dtype']}, on "
+            f"{machine['processor']} ({machine['device']}, {machine['threads']} threads), median "
+            f"of {result['rounds']} rounds (lowest to highest); and the bytes that hold the past."
+        )
+        yield ""
+        yield "| tokens of the past | condition | seconds | MiB |"
+        yield "| --- | --- | --- | --- |"
+        for cost in result["costs"]:
+            seconds = cost["seconds"]
+            spread = f"({seconds['low']:.3g} to {seconds['high']:.3g})"
+            yield (
+                f"| {cost['past']:,} | {cost['condition']} | {seconds['median']:.3g} {spread} | "
+                f"{cost['bytes'] / 2**20:.1f} |"
+            )
+        yield ""
+        yield from result["notes"]
+        if result["notes"]:
+            yield ""
+
+
+def _gate_lines(gates: Mapping[int, Sequence[float]]) -> Iterator[str]:
+    if not gates:
+        return
+    yield "## Gates"
+    yield ""
+    yield "Share of its attention that each head takes from memory, where it finds any."
+    yield ""
+    heads = max(len(own) for own in gates.values())
+    yield "| memory layer | " + " | ".join(f"head {head}" for head in range(heads)) + " |"
+    yield "| --- |" + " --- |" * heads
+    for layer, own in gates.items():
+        yield f"| {layer} | " + " | ".join(f"{gate:.2f}" for gate in own) + " |"
+    yield ""
 
 
 def _percent(difference: float) -> str:

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import memlayer
-from memlayer.checkpoint import find_checkpoint, read_config
+from memlayer.benchmarking.machine import Machine
+from memlayer.checkpoint import find_checkpoint, read_config, read_gates
 from memlayer.data.records import plain_or_compressed
+from memlayer.devices import choose_device
 from memlayer.errors import ConfigError, DataError
+from memlayer.evaluation.cost import measure_cost
 from memlayer.evaluation.options import PerplexityOptions
-from memlayer.evaluation.run import evaluate_perplexity_from_names
+from memlayer.evaluation.run import evaluate_perplexity_from_names, load_checkpoint
 from memlayer.evaluation.suite.plan import Step, chosen_steps
 from memlayer.evaluation.suite.report import write_report
 from memlayer.evaluation.tasks.lookup import task_type
@@ -80,25 +83,30 @@ def run_suite(
     results: Results = {}
     for number, step in enumerate(steps):
         runs = {"": subject.checkpoint}
-        if step.task is None and subject.control is not None:
+        if step.kind == "perplexity" and subject.control is not None:
             runs["control"] = subject.control
         for kind, checkpoint in runs.items():
             name = f"{step.name}-{kind}" if kind else step.name
-            key = _key(step, content, kind)
+            key = _key(step, content, kind, subject.device)
             place = folder / f"{name}-{key[:12]}.json"
             if announce is not None:
                 announce(name, number, len(steps), place.exists())
             if not place.exists():
                 result = _evaluated(step, subject, checkpoint, without_memory=bool(kind))
-                text = json.dumps({"step": asdict(step), "key": key, "result": result}, indent=1)
-                write_atomically(place, text.encode())
+                entry = {"step": asdict(step), "kind": step.kind, "key": key, "result": result}
+                write_atomically(place, json.dumps(entry, indent=1).encode())
             results[name] = json.loads(place.read_text(encoding="utf-8"))
-    return write_report(suite, results, output, _description(subject))
+    gates = read_gates(find_checkpoint(subject.checkpoint))
+    return write_report(suite, results, output, _description(subject), gates)
 
 
 def _evaluated(
     step: Step, subject: Subject, checkpoint: str, *, without_memory: bool
 ) -> dict[str, Any]:
+    if step.kind == "cost":
+        place = {"dtype": subject.dtype, "device": choose_device(subject.device)}
+        model, _ = load_checkpoint(checkpoint, subject.backend, place)
+        return measure_cost(model, **step.options).to_dict()
     if step.task is None:
         options = dict(step.options)
         if without_memory:
@@ -170,8 +178,11 @@ def _content(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _key(step: Step, content: dict[str, Any], kind: str) -> str:
+def _key(step: Step, content: dict[str, Any], kind: str, device: str) -> str:
     own = content | {"checkpoints": content["checkpoints"][kind], "step": asdict(step)}
+    if step.kind == "cost":
+        # Scores are the same on every machine, times are not.
+        own["machine"] = Machine.here(choose_device(device)).to_dict()
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 import memlayer
 from memlayer.errors import ConfigError, DataError, UnknownNameError
+from memlayer.evaluation.cost import measure_cost
 from memlayer.evaluation.suite import run as suite_run
 from memlayer.evaluation.suite.plan import DOMAINS, SUITES, chosen_steps, steps_of
 from memlayer.evaluation.suite.report import write_report
@@ -109,15 +111,24 @@ def test_the_small_suite_runs_resumes_and_reports(
     assert capsys.readouterr().err.count("there already") == 0
     results = sorted((output / "results").iterdir())
     # Every step, and perplexity of the control.
-    assert len(results) == len(SUITES["small"]) + len(DOMAINS)
+    scored = [step for step in SUITES["small"] if step.kind == "perplexity"]
+    assert len(results) == len(SUITES["small"]) + len(scored)
     before = {path: path.stat().st_mtime_ns for path in results}
     report = (output / "report.md").read_text(encoding="utf-8")
     for step in SUITES["small"]:
-        assert f"**{step.name}**" in report
+        heading = "## Cost of the past" if step.kind == "cost" else f"**{step.name}**"
+        assert heading in report
     assert "| trained without memory |" in report
     assert "| foreign memory |" in report
     figures = sorted(path.name for path in (output / "figures").iterdir())
-    assert figures == ["local_context.png", "memory_size.png", "tasks.png"]
+    assert figures == [
+        "cost.png",
+        "gates.png",
+        "local_context.png",
+        "memory_size.png",
+        "recovery.png",
+        "tasks.png",
+    ]
     content = json.loads((output / "report.json").read_text(encoding="utf-8"))
     books = content["results"]["perplexity-books"]["result"]
     assert f"| {books['conditions']['memory_1024']['perplexity']:.3f} |" in report
@@ -125,6 +136,11 @@ def test_the_small_suite_runs_resumes_and_reports(
     assert list(control["conditions"]) == ["backbone", "no_memory"]
     assert control["tokens"] == books["tokens"]
     assert control["conditions"]["backbone"] == books["conditions"]["backbone"]
+    model = memlayer.load(subject.checkpoint)
+    (layer,) = model.memory_config.memory_layers or ()
+    gates = torch.sigmoid(model.side_network.gates[0]).tolist()
+    assert content["gates"] == {str(layer): gates}
+    assert f"| {layer} | " + " | ".join(f"{gate:.2f}" for gate in gates) in report
 
     results[0].unlink()
     assert run(call) == 0
@@ -185,7 +201,7 @@ def test_a_report_without_matplotlib_says_so(
     monkeypatch.setattr(
         "memlayer.evaluation.suite.report.drawing_problem", lambda: "they need matplotlib: pip"
     )
-    path = write_report("small", {}, tmp_path, {"checkpoint": "x"})
+    path = write_report("small", {}, tmp_path, {"checkpoint": "x"}, {})
     assert "No figures: they need matplotlib" in path.read_text(encoding="utf-8")
     assert not (tmp_path / "figures").exists()
 
@@ -198,6 +214,8 @@ def test_every_step_names_a_task_and_options_that_exist(suite: str) -> None:
         if step.task is not None:
             TaskOptions(**step.options)
             task_type(step.task).options_type(**step.task_options)
+        elif step.kind == "cost":
+            inspect.signature(measure_cost).bind(None, **step.options)
         else:
             assert step.domain in DOMAINS
 
