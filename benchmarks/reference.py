@@ -11,7 +11,7 @@ condition, and summary.json:
 
 Only when asked for with --conditions, both ways at once at the same cost in weights and tokens:
 
-    tuned          LoRA of the weights that a smaller side network leaves, merged; half of the steps
+    tuned          LoRA of the weights that a smaller side network leaves, half of the steps
     tuned_memory   that side network around it, reading its memory; the other half of the steps
     tuned_control  the same, memory switched off throughout
 
@@ -182,7 +182,7 @@ def make_condition(
     # Another seed, another order: the tokens that come first are not those of the tuning.
     options = replace(options, steps=arguments.steps - tuning_steps, seed=arguments.seed + 1)
     tuned = memlayer.load_backbone(
-        str(output.with_name("tuned") / "backbone"), dtype=arguments.dtype, device=arguments.device
+        str(output.with_name("tuned")), dtype=arguments.dtype, device=arguments.device
     )
     return train_side_network(part, options, tuned, documents, output)
 
@@ -225,9 +225,8 @@ def train_lora_control(
     documents: dict[str, list[Document]],
     output: Path,
 ) -> dict[str, Any]:
-    """Train LoRA of about so many weights; one called ``tuned`` is kept merged too."""
+    """Train LoRA of about so many weights."""
     from lora import lora_model, train_lora, trainable
-    from peft import PeftModel
 
     model = lora_model(backbone.model, weights, arguments.seed)
     losses: list[tuple[int, float]] = []
@@ -243,12 +242,6 @@ def train_lora_control(
     seconds = time.perf_counter() - began
     model.save_pretrained(str(output))
     counted = sum(weight.numel() for weight in trainable(model))
-    if output.name == "tuned":
-        # In float32: in half width small updates would be lost in what they are added to.
-        bare = memlayer.load_backbone(arguments.backbone)
-        merged = PeftModel.from_pretrained(bare.model, str(output)).merge_and_unload()
-        merged.save_pretrained(str(output / "backbone"))
-        backbone.tokenizer.save_pretrained(str(output / "backbone"))
     return {
         "steps": options.steps,
         "tokens": tokens,

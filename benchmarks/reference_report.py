@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from reference import CONDITIONS, DOMAINS
 
 import memlayer
@@ -123,20 +122,15 @@ def evaluated(
         resamples=1000,
     )
     folder = Path(arguments.run) / condition
-    if condition in ("lora", "tuned"):
-        # Loading an adapter changes the backbone that it is given.
-        bare = memlayer.load_backbone(
-            arguments.backbone, dtype=arguments.dtype, device=arguments.device
+    plain = condition in ("lora", "tuned")
+    if plain or condition.startswith("tuned"):
+        adapter = folder if plain else folder.with_name("tuned")
+        backbone = memlayer.load_backbone(
+            str(adapter), dtype=arguments.dtype, device=arguments.device
         )
-        model = PeftModel.from_pretrained(bare.model, str(folder)).merge_and_unload()
-    else:
-        around = backbone
-        if condition.startswith("tuned"):
-            tuned = folder.with_name("tuned") / "backbone"
-            around = memlayer.load_backbone(
-                str(tuned), dtype=arguments.dtype, device=arguments.device
-            )
-        model = memlayer.load(folder / "small", backbone=around.model, backend="torch")
+    model: Any = backbone.model
+    if not plain:
+        model = memlayer.load(folder / "small", backbone=model, backend="torch")
     return evaluate_perplexity(model, documents, options).to_dict()
 
 

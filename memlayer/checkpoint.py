@@ -24,12 +24,11 @@ from torch import Tensor
 
 from memlayer import __version__
 from memlayer.config import LongMemConfig
-from memlayer.dispatch import weight_of
 from memlayer.errors import CheckpointError, ConfigError
+from memlayer.fingerprint import architecture, check_backbone, sketch
 from memlayer.json_fields import read_json_object
 from memlayer.narrow_weights import narrow, widen
 from memlayer.pieces import whole
-from memlayer.plain_linear import unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +40,6 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
-_SKETCHED = 64
 _LARGEST_CONFIG = 2**20
 _WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,8 +67,8 @@ def save_adapter(
         "format_version": FORMAT_VERSION,
         "memlayer_version": __version__,
         "base_model_name_or_path": model.backbone.name_or_path,
-        "base_model": _architecture(model.backbone),
-        "base_model_sketch": _sketch(model.backbone).tolist(),
+        "base_model": architecture(model.backbone),
+        "base_model_sketch": sketch(model.backbone).tolist(),
         "sha256": hashlib.sha256(weights).hexdigest(),
         "memory": model.memory_config.to_dict(),
     }
@@ -164,17 +162,6 @@ def push_adapter(
     return str(commit.commit_url)
 
 
-def fingerprint(backbone: PreTrainedModel) -> str:
-    """Give a short name for a backbone's architecture and weights, the same in each process.
-
-    The weights enter as a sample rounded to bfloat16, so that a backbone loaded in float32 and in
-    bfloat16 has one fingerprint.
-    """
-    digest = hashlib.sha256(json.dumps(_architecture(backbone), sort_keys=True).encode())
-    digest.update(_sketch(backbone).bfloat16().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def read_config(directory: Path) -> dict[str, Any]:
     """Read a checkpoint's adapter_config.json.
 
@@ -220,31 +207,6 @@ def read_gates(directory: Path) -> dict[int, list[float]]:
     }
 
 
-def check_backbone(backbone: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> None:
-    """Refuse a backbone that a checkpoint was not made for.
-
-    Raises:
-        CheckpointError: if architecture or weights differ.
-    """
-    name = config["base_model_name_or_path"]
-    own, saved = _architecture(backbone), config["base_model"]
-    different = [key for key in own if own[key] != saved.get(key)]
-    if different:
-        key = different[0]
-        raise CheckpointError(
-            f"the checkpoint in {directory} was made for {name!r:.80} with "
-            f"{key}={saved.get(key)!r:.80}, this backbone has {key}={own[key]!r}"
-        )
-    sketch = torch.tensor(config["base_model_sketch"], dtype=torch.float32)
-    weights = _sketch(backbone)
-    # 1 % covers a backbone loaded in bfloat16 (0.4 %); other weights differ by much more.
-    if sketch.shape != weights.shape or not torch.allclose(sketch, weights, rtol=0.01, atol=1e-6):
-        raise CheckpointError(
-            f"the checkpoint in {directory} was made for {name!r:.80}; this backbone has the same "
-            "architecture but other weights"
-        )
-
-
 def _settings(config: Mapping[str, Any], directory: Path) -> LongMemConfig:
     try:
         return LongMemConfig.from_dict(config["memory"])
@@ -280,34 +242,6 @@ def _read_weights(directory: Path, config: Mapping[str, Any]) -> dict[str, Tenso
         return load_tensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-def _architecture(backbone: PreTrainedModel) -> dict[str, Any]:
-    config = backbone.config.get_text_config(decoder=True)
-    return {
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "vocab_size": config.vocab_size,
-    }
-
-
-def _sketch(backbone: PreTrainedModel) -> Tensor:
-    """Sample weights from all over a backbone: ``(64,)``, float32, on the CPU."""
-    # A library may lay out what it packed into integers anew once it is used.
-    matrices = [
-        name
-        for name, weight in backbone.named_parameters()
-        if weight.dim() > 1 and weight.dtype.is_floating_point
-    ]
-    picked = [matrices[number * len(matrices) // _SKETCHED] for number in range(_SKETCHED)]
-    values = []
-    for number, name in enumerate(picked):
-        weight = weight_of(backbone, name)
-        flat = unpacked(whole(weight.detach())).flatten()
-        values.append(flat[(7919 * number) % weight.numel()])
-    return torch.stack([value.float().cpu() for value in values])
 
 
 def find_checkpoint(directory: str | Path) -> Path:

@@ -26,6 +26,7 @@ from memlayer.config import LongMemConfig
 from memlayer.discovery import parts_of
 from memlayer.dispatch import execution_device
 from memlayer.errors import BackendUnavailableError, ConfigError, UnsupportedModelError
+from memlayer.fingerprint import fingerprint
 from memlayer.generation import MemoryGeneration, WindowCache, advance, new_window
 from memlayer.head import logits_of
 from memlayer.ingestion import memorize_stream
@@ -376,7 +377,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
         self._kept_identity = self._identity()
 
     def _identity(self) -> str:
-        return bank_identity(checkpoint.fingerprint(self.backbone), self._memory_layers)
+        return bank_identity(fingerprint(self.backbone), self._memory_layers)
 
     def new_index(self, lanes: int, dim: int) -> RetrievalBackend:
         """Make an empty index of this model's backend, for vectors of any kind.

@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
 
 import memlayer.backbones
-from memlayer.backbones import Backbone, cache_folder, load_backbone, parse_dtype
+from memlayer.backbones import Backbone, load_backbone, parse_dtype
 from memlayer.errors import (
     CheckpointError,
     ConfigError,
     UnknownNameError,
     UnsupportedModelError,
 )
+from memlayer.gguf import cache_folder
 
 INPUTS = torch.tensor([[5, 40, 17, 200, 3]])
 
@@ -326,7 +327,7 @@ def test_a_gguf_file_is_converted_once_and_read_from_the_cache_then(
     def convert_again(*_: object) -> None:
         pytest.fail("converted again")
 
-    monkeypatch.setattr("memlayer.backbones._convert_gguf", convert_again)
+    monkeypatch.setattr("memlayer.gguf._convert", convert_again)
     assert torch.equal(load_backbone(str(gguf_file)).model(INPUTS).logits, first)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import memlayer
 from memlayer import checkpoint
 from memlayer.errors import BackendUnavailableError, CheckpointError, ConfigError
+from memlayer.fingerprint import fingerprint
 
 SETTINGS = {"backend": "torch", "memory_size": 64, "top_k": 16, "segment_length": 16}
 
@@ -125,10 +126,10 @@ def test_a_given_backbone_is_used_in_whatever_dtype(saved):
 
 
 def test_a_fingerprint_tells_weights_apart_but_not_dtypes(make_backbone):
-    first = checkpoint.fingerprint(make_backbone("llama"))
-    assert checkpoint.fingerprint(make_backbone("llama").bfloat16()) == first
-    assert checkpoint.fingerprint(make_backbone("llama", seed=1)) != first
-    assert checkpoint.fingerprint(make_backbone("mistral")) != first
+    first = fingerprint(make_backbone("llama"))
+    assert fingerprint(make_backbone("llama").bfloat16()) == first
+    assert fingerprint(make_backbone("llama", seed=1)) != first
+    assert fingerprint(make_backbone("mistral")) != first
 
 
 def test_a_checkpoint_for_another_backbone_is_refused(saved, make_backbone):

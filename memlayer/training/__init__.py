@@ -20,8 +20,9 @@ from memlayer.training.options import TrainingOptions
 if TYPE_CHECKING:
     from memlayer.training.evaluation import Perplexities
     from memlayer.training.log import read_log
-    from memlayer.training.loop import Trainer, TrainingResult, train
+    from memlayer.training.loop import Trainer, train
     from memlayer.training.plot import plot_curves
+    from memlayer.training.results import TrainingResult
     from memlayer.training.run import train_from_names
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
 _HOMES = {
     "Perplexities": "evaluation",
     "Trainer": "loop",
-    "TrainingResult": "loop",
+    "TrainingResult": "results",
     "plot_curves": "plot",
     "read_log": "log",
     "train": "loop",

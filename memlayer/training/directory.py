@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from memlayer import __version__
-from memlayer import checkpoint as adapter_checkpoint
+from memlayer.checkpoint import CONFIG_NAME
 from memlayer.data import count_tokens
 from memlayer.data.tokens import digest_of
 from memlayer.errors import CheckpointError, ConfigError
 from memlayer.files import write_atomically
+from memlayer.fingerprint import fingerprint
 from memlayer.training.checkpoints import CHECKPOINTS
 from memlayer.training.log import LOG_NAME
 
@@ -46,8 +47,7 @@ def check_output(output: Path | str, *, resume: bool) -> None:
     if run.exists() and not run.is_dir():
         raise ConfigError(f"output must be a directory, got the file {run}; give another name")
     holds_run = any(
-        (run / name).exists()
-        for name in (RUN_NAME, LOG_NAME, adapter_checkpoint.CONFIG_NAME, CHECKPOINTS)
+        (run / name).exists() for name in (RUN_NAME, LOG_NAME, CONFIG_NAME, CHECKPOINTS)
     )
     if not resume:
         if holds_run:
@@ -89,7 +89,7 @@ def describe_settings(
         "options": options.to_dict(),
         "memory": model.memory_config.to_dict(),
         "machine": {"processes": processes},
-        "backbone": {"backbone_fingerprint": adapter_checkpoint.fingerprint(model.backbone)},
+        "backbone": {"backbone_fingerprint": fingerprint(model.backbone)},
         "data": {
             "train_documents": len(documents),
             "train_tokens": count_tokens(documents),

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memlayer.errors import ConfigError, DataError
 from memlayer.evaluation.windows import windows
 from memlayer.modes import evaluating
 
 if TYPE_CHECKING:
     from memlayer.data import TokenDocument
     from memlayer.model import LongMemModel
+    from memlayer.training.options import TrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,3 +110,30 @@ def measure_perplexities(
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
+
+
+def check_sample(sample: Sequence[Tensor], segment_length: int, options: TrainingOptions) -> None:
+    """Refuse validation text in which memory on and memory off are the same by construction.
+
+    Args:
+        sample: what `validation_sample` gave.
+        segment_length: tokens of a segment.
+        options: the run's.
+
+    Raises:
+        ConfigError: if more of the documents would do.
+        DataError: if they are too short.
+    """
+    longest = max((len(input_ids) - 1 for input_ids in sample), default=0)
+    if longest > segment_length:
+        return
+    if sample and math.ceil(options.eval_tokens / len(sample)) <= segment_length:
+        raise ConfigError(
+            f"eval_tokens must be more than segment_length={segment_length} for each of "
+            f"{len(sample)} validation documents, or their memory is never read, got "
+            f"{options.eval_tokens}; give {4 * segment_length * len(sample)} or so"
+        )
+    raise DataError(
+        f"every validation document fits in one segment of segment_length={segment_length} tokens "
+        f"(longest: {longest + 1}), so that memory is never read; give longer documents, or none"
+    )

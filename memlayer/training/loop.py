@@ -9,12 +9,11 @@ the place in the data, every stream's memory), so that a resumed run repeats the
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -23,15 +22,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from memlayer.data import IGNORED, Document, StreamBatches, TokenDocument, tokenize_documents
-from memlayer.errors import ConfigError, DataError, TrainingError
+from memlayer.errors import TrainingError
 from memlayer.training import checkpoints
 from memlayer.training.directory import check_output, describe_settings, read_run, write_run
-from memlayer.training.evaluation import Perplexities, measure_perplexities, validation_sample
+from memlayer.training.evaluation import (
+    Perplexities,
+    check_sample,
+    measure_perplexities,
+    validation_sample,
+)
 from memlayer.training.interrupts import Interrupts
 from memlayer.training.log import LOG_NAME, TrainingLog
 from memlayer.training.plot import plot_curves, plotting_problem
 from memlayer.training.processes import Processes
 from memlayer.training.progress import TrainingProgress
+from memlayer.training.results import TrainingResult
 from memlayer.training.schedule import learning_rate_factor
 from memlayer.training.state import TrainingState
 from memlayer.training.trackers import Trackers
@@ -45,36 +50,6 @@ if TYPE_CHECKING:
 
 
 Documents: TypeAlias = Sequence[Document] | Sequence[TokenDocument]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingResult:
-    """What a finished training run left."""
-
-    output: Path
-    """The directory that `memlayer.load` reads."""
-
-    log: Path
-    """One JSON object a line: every step and every evaluation."""
-
-    plot: Path | None
-    """The curves; None where matplotlib is missing."""
-
-    steps: int
-    """Optimiser steps of the whole run, those before a resume included."""
-
-    tokens: int
-    """Tokens read in these steps, padding not counted."""
-
-    seconds: float
-    """Spent in the steps, evaluations and checkpoints not counted."""
-
-    perplexities: Perplexities | None
-    """After the last step; None without validation documents."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the fields as JSON types."""
-        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
 
 
 def train(
@@ -169,7 +144,7 @@ class Trainer:
             validation, tokens=options.eval_tokens, count=options.eval_documents
         )
         if validation:
-            _check_sample(self._sample, self.segment_length, options)
+            check_sample(self._sample, self.segment_length, options)
         self._processes = Processes(options, model.device, self.output)
         self._settings = describe_settings(
             model,
@@ -460,20 +435,3 @@ def _tokenized(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Sequ
     if documents and isinstance(documents[0], TokenDocument):
         return cast("Sequence[TokenDocument]", documents)
     return tokenize_documents(cast("Sequence[Document]", documents), tokenizer)
-
-
-def _check_sample(sample: Sequence[Tensor], segment_length: int, options: TrainingOptions) -> None:
-    """Refuse validation text in which memory on and memory off are the same by construction."""
-    longest = max((len(input_ids) - 1 for input_ids in sample), default=0)
-    if longest > segment_length:
-        return
-    if sample and math.ceil(options.eval_tokens / len(sample)) <= segment_length:
-        raise ConfigError(
-            f"eval_tokens must be more than segment_length={segment_length} for each of "
-            f"{len(sample)} validation documents, or their memory is never read, got "
-            f"{options.eval_tokens}; give {4 * segment_length * len(sample)} or so"
-        )
-    raise DataError(
-        f"every validation document fits in one segment of segment_length={segment_length} tokens "
-        f"(longest: {longest + 1}), so that memory is never read; give longer documents, or none"
-    )

@@ -14,7 +14,7 @@ from memlayer.errors import BackendUnavailableError
 from memlayer.model import wrap
 from memlayer.plugins import default_plugins
 from memlayer.training.directory import check_output
-from memlayer.training.loop import TrainingResult, train
+from memlayer.training.loop import train
 from memlayer.training.processes import local_device, local_main_process_first
 from memlayer.training.progress import TokenizingProgress
 from memlayer.training.trackers import check_trackers
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from memlayer.config import LongMemConfig
     from memlayer.plugins import Plugins
     from memlayer.training.options import TrainingOptions
+    from memlayer.training.results import TrainingResult
 
 
 def train_from_names(
