@@ -41,7 +41,9 @@ def lora_model(backbone: PreTrainedModel, weights: int, seed: int = 0) -> peft.P
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return peft.get_peft_model(copy.deepcopy(backbone), config)
+    model = peft.get_peft_model(copy.deepcopy(backbone), config)
+    assert isinstance(model, peft.PeftModel)
+    return model
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -63,8 +65,8 @@ def next_token_loss(model: Any, batch: Batch, dtype: torch.dtype | None) -> torc
     )
 
 
-def train_lora(
-    model: peft.PeftModel,
+def train_without_memory(
+    model: nn.Module,
     documents: list[TokenDocument],
     options: TrainingOptions,
     *,
@@ -72,7 +74,11 @@ def train_lora(
     learning_rate: float,
     log: Callable[[int, float], None],
 ) -> int:
-    """Train on the very segments that a side network with these options reads; give the tokens."""
+    """Train whatever trains of a causal-LM model on the segments that a side network would read.
+
+    Returns:
+        The tokens read.
+    """
     batches = StreamBatches(
         documents,
         rows=options.batch_size,

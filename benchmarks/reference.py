@@ -226,12 +226,12 @@ def train_lora_control(
     output: Path,
 ) -> dict[str, Any]:
     """Train LoRA of about so many weights."""
-    from lora import lora_model, train_lora, trainable
+    from lora import lora_model, train_without_memory, trainable
 
     model = lora_model(backbone.model, weights, arguments.seed)
     losses: list[tuple[int, float]] = []
     began = time.perf_counter()
-    tokens = train_lora(
+    tokens = train_without_memory(
         model.train(),
         tokenize_documents(documents["train"], backbone.tokenizer),
         options,
