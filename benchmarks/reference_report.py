@@ -75,7 +75,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=4, help="of each domain, at most")
     parser.add_argument("--tokens", type=int, default=4097, help="of each document, the first ones")
     parser.add_argument("--memory-sizes", type=int, nargs="+", default=[65_536])
-    parser.add_argument("--stride", type=int, default=512, help="below 512: overlapping windows")
+    parser.add_argument("--segment-length", type=int, default=512)
+    parser.add_argument("--stride", type=int, default=0, help="of overlapping windows; 0: none")
     parser.add_argument("--dense-context", type=int, default=0, help="0: leave it out")
     parser.add_argument("--dense-stride", type=int, default=0, help="0: a segment")
     return parser.parse_args(words)
@@ -83,7 +84,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def name_of(arguments: argparse.Namespace) -> str:
     """Name the tokens that are scored."""
-    return f"{arguments.split}-{arguments.documents}x{arguments.tokens}-{arguments.stride}"
+    stride = arguments.stride or arguments.segment_length
+    return f"{arguments.split}-{arguments.documents}x{arguments.tokens}-{stride}"
 
 
 def read_documents(
@@ -111,8 +113,8 @@ def evaluated(
     """Score one condition."""
     memory = condition.endswith("memory")
     options = PerplexityOptions(
-        segment_length=512,
-        stride=arguments.stride,
+        segment_length=arguments.segment_length,
+        stride=arguments.stride or arguments.segment_length,
         fresh=False,
         memory_sizes=arguments.memory_sizes if memory else [],
         foreign_memory=memory and len(documents) > 1,
