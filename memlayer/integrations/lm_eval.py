@@ -23,7 +23,7 @@ from memlayer.devices import choose_device
 from memlayer.errors import ConfigError
 from memlayer.evaluation.run import load_checkpoint
 from memlayer.evaluation.tasks.answering import joined, likelihoods
-from memlayer.evaluation.tasks.holding import reading
+from memlayer.evaluation.tasks.holding import reading, windowed
 from memlayer.memory import BankReader
 
 try:
@@ -230,11 +230,11 @@ class MemlayerLM(HFLM):  # type: ignore[misc]
             with self._model.disable_adapter():
                 yield
         elif self._condition == "no_memory":
-            with self._model.disable_memory():
+            with windowed(self._model, self._window), self._model.disable_memory():
                 yield
         else:
             self._bank.clear()
-            with reading(self._model, self._bank):
+            with windowed(self._model, self._window), reading(self._model, self._bank):
                 yield
 
 

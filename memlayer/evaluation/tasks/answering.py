@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from memlayer.errors import ConfigError, DataError
-from memlayer.evaluation.tasks.holding import HeldMemory, reading, token_ids
+from memlayer.evaluation.tasks.holding import HeldMemory, reading, token_ids, windowed
 from memlayer.memory import BankReader
 from memlayer.memory.readers import StackedReader
 from memlayer.model import LongMemModel
@@ -159,12 +159,13 @@ class Answerer:
             model = self.model
             with model.disable_adapter():
                 texts["backbone"] = self._generated(model, short, max_new_tokens)
-            with model.disable_memory():
-                texts["no_memory"] = self._generated(model, short, max_new_tokens)
-            for name, held in self.memories.items():
-                # The prompt's head goes to memory inside of generate().
-                with reading(model, held.bank):
-                    texts[name] = self._generated(model, prompt, max_new_tokens)
+            with windowed(model, self.window):
+                with model.disable_memory():
+                    texts["no_memory"] = self._generated(model, short, max_new_tokens)
+                for name, held in self.memories.items():
+                    # The prompt's head goes to memory inside of generate().
+                    with reading(model, held.bank):
+                        texts[name] = self._generated(model, prompt, max_new_tokens)
         else:
             texts["backbone"] = self._generated(self.model, short, max_new_tokens)
         if self.dense_context is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,17 @@ def reading(model: LongMemModel, bank: MemoryBank) -> Iterator[None]:
         yield
     finally:
         model.memory = own
+
+
+@contextmanager
+def windowed(model: LongMemModel, length: int) -> Iterator[None]:
+    """Let a model generate in a window of so many tokens while this is entered."""
+    own = model.memory_config
+    model.memory_config = replace(own, segment_length=length)
+    try:
+        yield
+    finally:
+        model.memory_config = own
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:

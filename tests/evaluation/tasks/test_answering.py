@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache
 
 from memlayer.errors import ConfigError, DataError
 from memlayer.evaluation.tasks.answering import Answerer
@@ -169,6 +171,31 @@ def test_generation_reads_the_held_memory_and_leaves_the_models_own(answerer: An
     written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     expected_text = answerer.tokenizer.decode(written, skip_special_tokens=True)
     assert texts["memory"] == expected_text.split("\n", 1)[0].strip()
+
+
+@torch.no_grad()
+def test_generation_has_the_window_that_was_asked_for(answerer: Answerer) -> None:
+    model = answerer.model
+    assert isinstance(model, LongMemModel)
+    own = model.memory_config
+    long = "there was once a very old man who lived alone in a small house by the sea"
+    assert len(long) > own.segment_length
+    wide = replace(answerer, window=2 * own.segment_length, dense_context=None)
+    texts = wide.write(item(prompt=long), 8)
+    assert model.memory_config is own
+    # A cache of one's own is a window without end.
+    ids = token_ids(answerer.tokenizer, long).unsqueeze(0)
+    with model.disable_memory():
+        whole = model.generate(
+            ids,
+            max_new_tokens=8,
+            do_sample=False,
+            past_key_values=DynamicCache(config=model.config),
+        )
+        cut = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert not torch.equal(whole, cut)
+    text = answerer.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    assert texts["no_memory"] == text.split("\n", 1)[0].strip()
 
 
 def test_a_choice_that_fills_the_window_is_refused(answerer: Answerer) -> None:
