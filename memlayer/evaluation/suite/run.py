@@ -85,14 +85,14 @@ def run_suite(
         runs = {"": subject.checkpoint}
         if step.kind == "perplexity" and subject.control is not None:
             runs["control"] = subject.control
-        for kind, checkpoint in runs.items():
-            name = f"{step.name}-{kind}" if kind else step.name
-            key = _key(step, content, kind, subject.device)
+        for role, checkpoint in runs.items():
+            name = f"{step.name}-{role}" if role else step.name
+            key = _key(step, content, role, subject.device)
             place = folder / f"{name}-{key[:12]}.json"
             if announce is not None:
                 announce(name, number, len(steps), place.exists())
             if not place.exists():
-                result = _evaluated(step, subject, checkpoint, without_memory=bool(kind))
+                result = _evaluated(step, subject, checkpoint, without_memory=bool(role))
                 entry = {"step": asdict(step), "kind": step.kind, "key": key, "result": result}
                 write_atomically(place, json.dumps(entry, indent=1).encode())
             results[name] = json.loads(place.read_text(encoding="utf-8"))
@@ -178,8 +178,8 @@ def _content(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _key(step: Step, content: dict[str, Any], kind: str, device: str) -> str:
-    own = content | {"checkpoints": content["checkpoints"][kind], "step": asdict(step)}
+def _key(step: Step, content: dict[str, Any], role: str, device: str) -> str:
+    own = content | {"checkpoints": content["checkpoints"][role], "step": asdict(step)}
     if step.kind == "cost":
         # Scores are the same on every machine, times are not.
         own["machine"] = Machine.here(choose_device(device)).to_dict()
