@@ -9,7 +9,11 @@ condition, and summary.json:
     control   the same side network, memory switched off throughout
     lora      the backbone with LoRA (peft) of about as many trainable weights, no memory
 
-Only when asked for with --conditions, both ways at once at the same cost in weights and tokens:
+Only when asked for with --conditions, memory for LoRA itself, whose control is ``lora``:
+
+    lora_memory    a side network of all layers with low-rank updates of as many weights
+
+and both ways, one after the other, at the same cost in weights and tokens:
 
     tuned          LoRA of the weights that a smaller side network leaves, half of the steps
     tuned_memory   that side network around it, reading its memory; the other half of the steps
@@ -41,7 +45,15 @@ if TYPE_CHECKING:
     from memlayer.backbones import Backbone
 
 DOMAINS = ("books", "technical", "code")
-CONDITIONS = ("memory", "control", "lora", "tuned", "tuned_memory", "tuned_control")
+CONDITIONS = (
+    "memory",
+    "control",
+    "lora",
+    "lora_memory",
+    "tuned",
+    "tuned_memory",
+    "tuned_control",
+)
 
 
 def main() -> None:
@@ -175,6 +187,10 @@ def make_condition(
     if condition == "lora":
         weights = trainable_weights(backbone, whole)
         return train_lora_control(arguments, options, weights, backbone, documents, output)
+    if condition == "lora_memory":
+        config = low_rank_config(backbone, whole)
+        options = replace(options, learning_rate=arguments.lora_learning_rate)
+        return train_side_network(config, options, backbone, documents, output)
     if condition == "tuned":
         options = replace(options, steps=tuning_steps)
         weights = trainable_weights(backbone, whole) - trainable_weights(backbone, part)
@@ -209,6 +225,13 @@ def train_side_network(
     trainable = sum(weight.numel() for weight in model.trainable_parameters())
     gates = [torch.sigmoid(gate).tolist() for gate in model.side_network.gates]
     return {**result.to_dict(), "trainable": trainable, "gates": gates}
+
+
+def low_rank_config(backbone: Backbone, config: memlayer.LongMemConfig) -> memlayer.LongMemConfig:
+    """Give LoRA of the whole backbone about as many weights as a side network has."""
+    weights = trainable_weights(backbone, config)
+    whole = replace(config, layer_reduction_factor=1, side_rank=1)
+    return replace(whole, side_rank=max(1, round(weights / trainable_weights(backbone, whole))))
 
 
 def trainable_weights(backbone: Backbone, config: memlayer.LongMemConfig) -> int:

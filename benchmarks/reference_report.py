@@ -4,9 +4,9 @@
 
 Every condition in RUN is scored on the same tokens of the same documents: ``memory`` with its
 memory on and off and with another document's, ``control`` without memory, ``lora`` as a plain
-backbone; the ``tuned`` ones likewise, around their own backbone. RUN/evaluation gets a JSON file
-for each condition and domain; one that is there already is not made again, so that the command can
-be given again, or on another machine.
+backbone, ``lora_memory`` as ``memory``; the ``tuned`` ones likewise, around their own backbone.
+RUN/evaluation gets a JSON file for each condition and domain; one that is there already is not made
+again, so that the command can be given again, or on another machine.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from memlayer.data import TokenDocument
 
 Result = dict[str, Any]
+PREFIXES = {"lora": "LoRA, ", "tuned": "tuned, "}
+BACKBONES = {"lora": "LoRA", **dict.fromkeys(("tuned", "tuned_memory", "tuned_control"), "tuned")}
+"""What the backbone of a condition's evaluation is called, if it is not the bare one."""
 
 
 def main() -> None:
@@ -172,19 +175,15 @@ def lines_of(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
 def conditions_of(results: Mapping[str, Result]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Give each column's tokens and perplexity by document."""
     for model, result in results.items():
-        tuned = "tuned, " if model.startswith("tuned") else ""
+        prefix = PREFIXES.get(model.split("_")[0], "")
         for name in result["conditions"]:
-            if name == "backbone" and model == "lora":
-                shown = "LoRA"
-            elif name == "backbone" and model == "tuned":
-                shown = "tuned"
-            elif name == "backbone" and model != next(iter(results)):
-                continue
+            if name == "backbone":
+                shown = BACKBONES.get(model, "backbone")
             elif name == "no_memory":
                 off = "memory off" if model.endswith("memory") else "trained without memory"
-                shown = tuned + off
+                shown = prefix + off
             else:
-                shown = tuned + name.replace("_", " ")
+                shown = prefix + name.replace("_", " ")
             yield (
                 shown,
                 {

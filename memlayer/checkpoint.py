@@ -313,4 +313,5 @@ model.generate(prompt_ids, max_new_tokens=100)
 | segment length | {config.segment_length} |
 | backbone layers per side layer | {config.layer_reduction_factor} |
 | start | {config.side_init} |
+| rank of its updates | {"full" if config.side_rank is None else config.side_rank} |
 """

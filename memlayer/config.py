@@ -62,6 +62,12 @@ class LongMemConfig:
     them, with a weight that starts at 0, and so as the backbone too. ``"backbone"``: beside them,
     with weight 1, as in the paper."""
 
+    side_rank: int | None = None
+    """None: side layers are full copies, all of whose weights train. A number: they run the
+    backbone's own weights, and low-rank updates of that rank train on every linear map (LoRA,
+    arXiv:2106.09685). With ``layer_reduction_factor=1`` that is LoRA of the whole backbone, reading
+    what the untouched one wrote."""
+
     coupled: bool = False
     """No side network: only the layers that read memory are copied and trained, and the backbone's
     own layers run on what they give. A control (MemTRM, after Memorizing Transformers,
@@ -112,6 +118,10 @@ class LongMemConfig:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r:.80}"
                 )
+        if self.side_rank is not None:
+            _at_least("side_rank", self.side_rank, 1)
+            if self.side_init != "replace":
+                raise ConfigError(f'side_rank needs side_init="replace", got {self.side_init!r}')
         if self.normed_residual and self.side_init != "backbone":
             raise ConfigError(f'normed_residual needs side_init="backbone", got {self.side_init!r}')
         if self.coupled and (self.side_init != "replace" or self.layer_reduction_factor != 1):
@@ -129,9 +139,10 @@ class LongMemConfig:
             "layer_reduction_factor",
             "segment_length",
             "memory_distance",
+            "side_rank",
         ):
             value = getattr(self, name)
-            optional = name == "memory_distance" and value is None
+            optional = name in ("memory_distance", "side_rank") and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name} must be a whole number, got {value!r:.80}")
         for name in ("normed_residual", "coupled"):

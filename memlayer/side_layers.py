@@ -56,8 +56,8 @@ def twin_layer(layer: nn.Module, numbered: Sequence[tuple[str, str]], number: in
     """
     if hooks_of(layer):
         raise UnsupportedModelError(
-            "a coupled memory layer needs a backbone on one device, got one that device_map has "
-            "spread; load it without"
+            "side layers with the backbone's own weights (coupled, side_rank) need a backbone on "
+            "one device, got one that device_map has spread; load it without"
         )
     made = _twin(layer)
     for path, name in numbered:

@@ -26,6 +26,9 @@ layers run once more, those that read memory as trainable copies and the others 
 
 .. math:: s^l = f_l(s^{l-1}), \qquad s^{m-1} = h^{m-1}
 
+With ``side_rank`` set, side layers run the backbone's own weights and only low-rank updates of
+their linear maps train (`memlayer.low_rank`).
+
 A layer that reads memory does so between its attention and the linear map behind it: one hook notes
 the queries as projected (not rotated), another fuses the concatenated heads. So eager, SDPA and
 flash attention serve alike, and no attention code is copied.
@@ -45,6 +48,7 @@ from memlayer.attention import fuse, memory_attention
 from memlayer.capture import BackboneStates, LayerCall, first_tensor
 from memlayer.dispatch import execution_device
 from memlayer.errors import ConfigError
+from memlayer.low_rank import add_updates
 from memlayer.rotation import rotated
 from memlayer.side_layers import (
     copy_layer,
@@ -73,12 +77,14 @@ class SideNetwork(nn.Module):
         config: with ``memory_layers`` set.
 
     Attributes:
-        layers: side layers, copies of backbone layers.
-        in_order: all that are run, in order: these, and if coupled the others as they are.
+        layers: what trains of the side layers: copies of backbone layers, or updates of them.
+        in_order: the side layers as they are run, in order; if coupled with the others as they are.
         norm: trainable copy of the final norm; None if coupled.
         gates: one ``(H,)`` float32 parameter a memory layer, before the sigmoid.
         scales: ``(L_s,)`` float32, :math:`a_l`; None unless with ``side_init="identity"``.
-        coupled: whether only the layers that read memory are copies.
+        coupled: whether only the layers that read memory are trained.
+        rank: of the updates of side layers that are twins of the backbone's; None: copies.
+        twins: the side layers that run the backbone's own weights, and in its precision.
         replaces: whether side layers take the place of the layers that they are copies of.
         boundaries: for each side layer, the last backbone layer (from 0) whose work it stands for.
         sources: for each side layer, the backbone layer that it is a copy of, and with whose
@@ -111,17 +117,23 @@ class SideNetwork(nn.Module):
         self.sources = tuple(sources)
         numbered, dtype = layer_numbers(parts.layers), weights_dtype(parts)
         device = execution_device(parts.decoder)
+        self.rank = config.side_rank
+        wide = torch.promote_types(dtype, torch.float32)
+        trained = set(self.readers) if config.coupled else set(range(len(sources)))
+        self.twins = frozenset(
+            number for number in range(len(sources)) if self.rank or number not in trained
+        )
         # Not a ModuleList: a twin's weights are the backbone's.
         self.in_order = tuple(
             twin_layer(parts.layers[source], numbered, depth + number)
-            if config.coupled and number not in self.readers
+            if number in self.twins
             else copy_layer(parts.layers[source], numbered, depth + number, dtype)
             for number, source in enumerate(sources)
         )
         self.layers = nn.ModuleList(
-            layer
+            layer if self.rank is None else add_updates(layer, self.rank, seed=number).to(wide)
             for number, layer in enumerate(self.in_order)
-            if not config.coupled or number in self.readers
+            if number in trained
         )
         self.norm = None if config.coupled else copy_module(parts.final_norm, dtype)
         self.coupled = config.coupled
@@ -200,9 +212,7 @@ class SideNetwork(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Run one side layer; give its output and what memory changed in its attention's."""
         layer = self.in_order[number]
-        # A twin computes in the backbone's precision.
-        frozen = self.coupled and number not in self.readers
-        dtype = weights_dtype(self._parts) if frozen else hidden.dtype
+        dtype = weights_dtype(self._parts) if number in self.twins else hidden.dtype
         reads = memory is not None and memory.is_readable and number in self.readers
         # By the backward pass memory may hold this very segment: what was found is kept.
         found: list[Retrieved] = []

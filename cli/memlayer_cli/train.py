@@ -97,6 +97,14 @@ def train(
         int,
         typer.Option(help="Backbone layers per side layer.", rich_help_panel=_MODEL_PANEL),
     ] = MODEL.layer_reduction_factor,
+    side_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Train low-rank updates (LoRA) of the side layers, not whole copies. With "
+            "--layer-reduction-factor 1: LoRA of the whole backbone, reading memory.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = MODEL.side_rank,
     coupled: Annotated[
         bool,
         typer.Option(
@@ -220,6 +228,7 @@ def train(
         memory_layers=tuple(memory_layer) if memory_layer else None,
         side_init=side_init,
         layer_reduction_factor=layer_reduction_factor,
+        side_rank=side_rank,
         coupled=coupled,
     )
     options = TrainingOptions(

@@ -159,10 +159,10 @@ class Processes:
         from torch.distributed.fsdp import fully_shard
 
         side = model.side_network
-        if side.norm is None:
+        if side.norm is None or side.twins:
             raise ConfigError(
-                "a coupled memory layer is trained under DDP, got FSDP 2: its other layers are the "
-                "backbone's own; launch it with --multi_gpu"
+                "side layers with the backbone's own weights (coupled, side_rank) are trained "
+                "under DDP, got FSDP 2; launch it with --multi_gpu"
             )
         model.keep_identity()
         for layer in (*model.parts.layers, *side.layers, side.norm):

@@ -16,7 +16,10 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-CONDITIONS = ["memory", "control", "lora", "tuned", "tuned_memory", "tuned_control"]
+CONDITIONS = [
+    *("memory", "control", "lora", "lora_memory"),
+    *("tuned", "tuned_memory", "tuned_control"),
+]
 WORDS = ["harbour", "captain", "letter", "winter", "lantern", "garden", "river", "stranger"]
 
 
@@ -55,7 +58,7 @@ def test_every_condition_is_trained_once_and_stands_in_the_report(
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     assert list(summary) == CONDITIONS
     steps = {condition: made["steps"] for condition, made in summary.items()}
-    assert steps == {"memory": 4, "control": 4, "lora": 4} | dict.fromkeys(CONDITIONS[3:], 2)
+    assert steps == dict.fromkeys(CONDITIONS[:4], 4) | dict.fromkeys(CONDITIONS[4:], 2)
     # Both ways at once have as many weights as one, but for the rounding of a rank.
     weights = {condition: made["trainable"] for condition, made in summary.items()}
     per_rank = (
@@ -65,6 +68,7 @@ def test_every_condition_is_trained_once_and_stands_in_the_report(
     both = weights["tuned"] + weights["tuned_memory"]
     assert abs(both - weights["memory"]) <= per_rank
     assert abs(weights["lora"] - weights["memory"]) <= per_rank
+    assert abs(weights["lora_memory"] - weights["memory"]) <= per_rank
 
     report = ["reference_report.py", *common, "--run", output, "--split", "test"]
     report += ["--documents", 2, "--tokens", 129, "--segment-length", 32, "--memory-sizes", 128]
@@ -72,12 +76,14 @@ def test_every_condition_is_trained_once_and_stands_in_the_report(
     header = first.splitlines()[0]
     shown = [
         *("backbone", "memory off", "memory 128", "foreign memory"),
-        *("trained without memory", "LoRA", "tuned"),
+        *("trained without memory", "LoRA"),
+        *("LoRA, memory off", "LoRA, memory 128", "LoRA, foreign memory", "tuned"),
         *("tuned, memory off", "tuned, memory 128", "tuned, foreign memory"),
         "tuned, trained without memory",
     ]
     assert header == "| domain | documents | tokens | " + " | ".join(shown) + " |"
     assert "| code | tuned, memory 128 | LoRA |" in first
+    assert "| code | LoRA, memory 128 | LoRA |" in first
     # What is there already is neither trained nor scored again.
     before = (output / "summary.json").stat().st_mtime_ns
     assert call(*train) == ""
