@@ -200,6 +200,22 @@ def test_with_gradient_checkpointing_the_gradients_are_the_same(
         torch.testing.assert_close(one, other)
 
 
+def test_it_starts_alike_every_time_and_draws_no_random_number(
+    make_backbone: Callable[..., Any],
+) -> None:
+    """Each process of a run wraps for itself."""
+    backbone = make_backbone("llama")
+    before = torch.get_rng_state()
+    first = memlayer.wrap(backbone, LOW_RANK).side_network.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(before.sum().item())
+    second = memlayer.wrap(backbone, LOW_RANK).side_network.state_dict()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    down = [weight for name, weight in first.items() if name.endswith("q_proj.down")]
+    assert not torch.equal(down[0], down[1])
+
+
 def test_it_trains_in_a_coupled_layer_alone(make_backbone: Callable[..., Any]) -> None:
     backbone = make_backbone("llama")
     model = trained(backbone, replace(LOW_RANK, coupled=True))

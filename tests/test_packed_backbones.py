@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,36 @@ def test_it_stays_itself_and_its_side_network_is_float32_and_starts_as_it(
     model.eval()
     text = model.generate(input_ids, attention_mask=mask, max_new_tokens=4, pad_token_id=0)
     assert text.shape == (2, 28)
+    model.save_pretrained(tmp_path)
+    again = memlayer.load(tmp_path, backbone=memlayer.wrap(make(), CONFIG).unwrap())
+    again.memorize(input_ids)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_low_rank_updates_train_on_it_as_it_is(make: Callable[[], Any], tmp_path: Path) -> None:
+    input_ids = torch.randint(3, 99, (2, 24), generator=torch.Generator().manual_seed(1))
+    backbone = make()
+    with torch.no_grad():
+        own = backbone(input_ids=input_ids).logits
+    config = replace(CONFIG, layer_reduction_factor=1, side_rank=2)
+    model = memlayer.wrap(backbone, config)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids).logits, own, atol=0.05 if make is in_bfloat16 else 0)
+    weights = dict(model.side_network.named_parameters())
+    expected = memlayer.wrap(plain(), config).side_network
+    assert {name: weight.shape for name, weight in weights.items()} == {
+        name: weight.shape for name, weight in expected.named_parameters()
+    }
+    model.memorize(input_ids)
+    model.train()
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
+    model(input_ids, labels=input_ids).loss.backward()
+    ups = [weight for name, weight in weights.items() if name.endswith(".up")]
+    assert all(bool(weight.grad.abs().sum() > 0) for weight in ups)
+    optimizer.step()
+    model.eval()
     model.save_pretrained(tmp_path)
     again = memlayer.load(tmp_path, backbone=memlayer.wrap(make(), CONFIG).unwrap())
     again.memorize(input_ids)
