@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlayer import checkpoint
+from memlayer.adaptation import AdaptedModel
 from memlayer.capture import BackboneStates, run_backbone
-from memlayer.compilation import compile_layers, refuse_compiled, release_layers
+from memlayer.compilation import refuse_compiled, release_layers
 from memlayer.config import LongMemConfig
 from memlayer.discovery import parts_of
 from memlayer.dispatch import execution_device
@@ -40,11 +41,10 @@ from memlayer.side_network import SideNetwork
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from memlayer.decoders import DecoderParts
     from memlayer.retrieval import RetrievalBackend
 
 
-class LongMemModel(nn.Module, MemoryGeneration):
+class LongMemModel(AdaptedModel, MemoryGeneration):
     """A frozen backbone, a side network that reads memory, and the memory.
 
     Made by `wrap` or `load`. Whatever this class does not define is the backbone's (``config``,
@@ -58,11 +58,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
         memory_config: the settings, ``memory_layers`` filled in.
     """
 
-    backbone: PreTrainedModel
-    side_network: SideNetwork
     memory: MemoryBank
-    memory_config: LongMemConfig
-    parts: DecoderParts
 
     def __init__(
         self, backbone: PreTrainedModel, config: LongMemConfig, plugins: Plugins | None = None
@@ -388,13 +384,7 @@ class LongMemModel(nn.Module, MemoryGeneration):
         """
         return self._make_backend(lanes, dim, self.device)
 
-    # ---------------------------------------------------------------- training, saving
-
-    def train(self, mode: bool = True) -> LongMemModel:
-        """Set the side network's mode; the backbone stays in eval mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
+    # ---------------------------------------------------------------- moving, saving
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # Every way to another device or dtype comes through here; the memory has to go along.
@@ -408,77 +398,6 @@ class LongMemModel(nn.Module, MemoryGeneration):
                 )
             self.memory = self.new_memory()
         return self
-
-    def compile(self, **options: Any) -> None:
-        """Compile the layers of backbone and side network in place, for training and scoring.
-
-        Each layer for itself, but for those that memory is written from or read in. With a KV
-        cache, that is in `generate`, layers run as before. Results differ by rounding, those of the
-        bare backbone too; `unwrap` gives it back as it was.
-
-        Args:
-            options: of `torch.compile`.
-        """
-        compile_layers(self._layers_to_compile(), **options)
-
-    def _layers_to_compile(self) -> Iterator[nn.Module]:
-        for inside, layers in (
-            (self._memory_layers, self.parts.layers),
-            (self.side_network.readers, self.side_network.in_order),
-        ):
-            yield from (layer for number, layer in enumerate(layers) if number not in inside)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Train with less memory and more time: side layers run again in the backward pass.
-
-        Memory is searched once all the same. With a KV cache nothing is run again.
-
-        Args:
-            gradient_checkpointing_kwargs: Hugging Face's; ``use_reentrant=False`` is what is done.
-
-        Raises:
-            ConfigError: if they ask for anything else.
-        """
-        asked = gradient_checkpointing_kwargs or {}
-        if asked not in ({}, {"use_reentrant": False}):
-            raise ConfigError(
-                f"gradient checkpointing is the one with use_reentrant=False, got {asked}"
-            )
-        self.side_network.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all that the backward pass needs, as is the default."""
-        self.side_network.gradient_checkpointing = False
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether side layers run again in the backward pass."""
-        return self.side_network.gradient_checkpointing
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Go through the side network's parameters."""
-        return self.side_network.parameters()
-
-    def parameter_groups(
-        self, *, learning_rate: float, gate_learning_rate: float, weight_decay: float
-    ) -> list[dict[str, Any]]:
-        """Sort the trainable parameters for an optimizer; see `SideNetwork.parameter_groups`."""
-        return self.side_network.parameter_groups(
-            learning_rate=learning_rate,
-            gate_learning_rate=gate_learning_rate,
-            weight_decay=weight_decay,
-        )
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, in PEFT's words."""
-        trainable = sum(p.numel() for p in self.trainable_parameters())
-        total = trainable + sum(p.numel() for p in self.backbone.parameters())
-        print(
-            f"trainable params: {trainable:,} || all params: {total:,} || "
-            f"trainable%: {100 * trainable / total:.4f}"
-        )
 
     def save_pretrained(
         self,
