@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=65_536, help="tokens a row")
     parser.add_argument("--memory-layers", type=int, nargs="+")
     parser.add_argument("--reduction", type=int, default=2)
+    parser.add_argument(
+        "--side-rank", type=int, help="also LoRA of this rank of all layers, reading memory"
+    )
     parser.add_argument("--chunk-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -59,6 +63,9 @@ def main() -> None:
     sides["memory off"] = with_memory_off
     if lora is not None:
         sides["LoRA"] = lora
+    if arguments.side_rank is not None:
+        low_rank = {"side_rank": arguments.side_rank, "layer_reduction_factor": 1}
+        sides["LoRA that reads memory"], _ = memory_step(arguments, backbone, ids, **low_rank)
     if arguments.compile:
         other = load(arguments)
         sides["memory, compiled"], compiled = memory_step(arguments, other, ids)
@@ -108,7 +115,7 @@ def forward_only(backbone: Any, ids: Tensor) -> Step:
 
 
 def memory_step(
-    arguments: argparse.Namespace, backbone: Any, ids: Tensor
+    arguments: argparse.Namespace, backbone: Any, ids: Tensor, **changes: Any
 ) -> tuple[Step, memlayer.LongMemModel]:
     """Make a whole training step over a full memory."""
     config = memlayer.LongMemConfig(
@@ -119,7 +126,7 @@ def memory_step(
         layer_reduction_factor=arguments.reduction,
         memory_layers=tuple(arguments.memory_layers) if arguments.memory_layers else None,
     )
-    model = memlayer.wrap(backbone, config)
+    model = memlayer.wrap(backbone, replace(config, **changes))
     while len(model.memory) < arguments.memory:
         model.memorize(ids[:, :-1])
     parameters = list(model.trainable_parameters())
