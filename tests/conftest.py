@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from memlayer.backbones import Backbone
+    from memlayer.model import LongMemModel
+
+    AsTrained = Callable[..., LongMemModel]
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +31,20 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the reference data, and there is no folder {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def as_trained() -> AsTrained:
+    """Give a function that moves every trainable weight, so that memory makes a difference."""
+
+    def move(model: LongMemModel, *, by: float = 0.1, seed: int = 0) -> LongMemModel:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.trainable_parameters():
+                parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return move
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import memlayer
 from memlayer_cli.main import run
+
+if TYPE_CHECKING:
+    from memlayer.model import LongMemModel
 
 MILL = "The mill is closed. Bring the long rope, Ada. " * 3
 
@@ -31,7 +35,9 @@ class Remembering:
 
 @pytest.fixture(scope="session")
 def remembering(
-    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Callable[[str], Path],
+    as_trained: Callable[..., LongMemModel],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Remembering:
     """Save a side network whose memory makes a difference, and a bank. Read them only."""
     folder = tmp_path_factory.mktemp("remembering")
@@ -39,11 +45,8 @@ def remembering(
     config = memlayer.LongMemConfig(
         backend="torch", segment_length=64, memory_size=256, top_k=16, chunk_size=4
     )
-    model = memlayer.wrap(backbone.model, config)
-    generator = torch.Generator().manual_seed(0)
+    model = as_trained(memlayer.wrap(backbone.model, config))
     with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         for gate in model.side_network.gates:
             gate.fill_(1.0)
     model.save_pretrained(folder / "checkpoint")

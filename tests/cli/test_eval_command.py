@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import memlayer
 from memlayer_cli.main import run
+
+if TYPE_CHECKING:
+    from memlayer.model import LongMemModel
 
 SENTENCE = "The bank holds keys and values of tokens that were read. "
 LENGTHS = {"first": 150, "second": 90, "third": 20, "fourth": 120}
@@ -28,7 +31,9 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_checkpoint(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+def make_checkpoint(
+    tiny_checkpoint: Callable[[str], Path], as_trained: Callable[..., LongMemModel], tmp_path: Path
+) -> Callable[..., Path]:
     """Save a side network whose memory makes a difference, for a tiny backbone."""
 
     def make(family: str, backend: str = "torch") -> Path:
@@ -36,12 +41,7 @@ def make_checkpoint(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> C
         config = memlayer.LongMemConfig(
             backend=backend, segment_length=32, memory_size=64, top_k=8, chunk_size=4
         )
-        model = memlayer.wrap(backbone, config)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.trainable_parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(tmp_path / family)
+        as_trained(memlayer.wrap(backbone, config)).save_pretrained(tmp_path / family)
         return tmp_path / family
 
     return make

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 import memlayer
 from memlayer.data import TokenDocument
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from memlayer.model import LongMemModel
@@ -30,19 +30,16 @@ def backbone(make_backbone: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 
 
 @pytest.fixture
-def make_model() -> Callable[[PreTrainedModel], LongMemModel]:
+def make_model(
+    as_trained: Callable[..., LongMemModel],
+) -> Callable[[PreTrainedModel], LongMemModel]:
     """Wrap, and move every trainable weight: gates and layer scales would be 0."""
 
     def make(backbone: PreTrainedModel) -> LongMemModel:
         config = memlayer.LongMemConfig(
             backend="torch", memory_size=256, chunk_size=4, top_k=8, segment_length=16
         )
-        model = memlayer.wrap(backbone, config).eval()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.trainable_parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        return model
+        return as_trained(memlayer.wrap(backbone, config).eval(), by=0.2, seed=1)
 
     return make
 

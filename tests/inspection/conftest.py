@@ -29,7 +29,9 @@ def tiny_backbone(tiny_checkpoint: Callable[[str], Path]) -> Backbone:
 
 
 @pytest.fixture
-def make_model(tiny_backbone: Backbone) -> Callable[..., LongMemModel]:
+def make_model(
+    tiny_backbone: Backbone, as_trained: Callable[..., LongMemModel]
+) -> Callable[..., LongMemModel]:
     """Wrap the backbone with a side network that reads memory strongly."""
 
     def make(**changes: object) -> LongMemModel:
@@ -41,10 +43,8 @@ def make_model(tiny_backbone: Backbone) -> Callable[..., LongMemModel]:
             "chunk_size": 4,
         }
         model = memlayer.wrap(tiny_backbone.model, memlayer.LongMemConfig(**(settings | changes)))
-        generator = torch.Generator().manual_seed(0)
+        as_trained(model)
         with torch.no_grad():
-            for parameter in model.trainable_parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
             for gate in model.side_network.gates:
                 gate.copy_(torch.linspace(-1, 1, len(gate)))
         return model.eval()

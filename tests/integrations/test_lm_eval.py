@@ -40,16 +40,11 @@ def loaded(tiny_checkpoint: Callable[[str], Path]) -> Backbone:
 
 
 @pytest.fixture
-def model(loaded: Backbone) -> LongMemModel:
+def model(loaded: Backbone, as_trained: Callable[..., LongMemModel]) -> LongMemModel:
     config = memlayer.LongMemConfig(
         backend="torch", memory_size=1024, chunk_size=1, top_k=8, segment_length=WINDOW
     )
-    model = memlayer.wrap(loaded.model, config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return as_trained(memlayer.wrap(loaded.model, config).eval(), by=0.2, seed=1)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,6 +22,9 @@ from memlayer.evaluation.suite.run import Subject, run_suite
 from memlayer.evaluation.tasks.lookup import task_type
 from memlayer.evaluation.tasks.options import TaskOptions
 from memlayer_cli.main import run
+
+if TYPE_CHECKING:
+    from memlayer.model import LongMemModel
 
 BOOK = "".join(f"On day {number} the Argo saw land and Ada wrote it down. " for number in range(80))
 
@@ -76,18 +79,15 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_checkpoint(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., str]:
+def make_checkpoint(
+    tiny_checkpoint: Callable[[str], Path], as_trained: Callable[..., LongMemModel], tmp_path: Path
+) -> Callable[..., str]:
     def make(name: str, seed: int) -> str:
         backbone = memlayer.load_backbone(str(tiny_checkpoint("llama"))).model
         config = memlayer.LongMemConfig(
             backend="torch", segment_length=128, memory_size=1024, top_k=8, chunk_size=4
         )
-        model = memlayer.wrap(backbone, config)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.trainable_parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(tmp_path / name)
+        as_trained(memlayer.wrap(backbone, config), seed=seed).save_pretrained(tmp_path / name)
         return str(tmp_path / name)
 
     return make
