@@ -32,6 +32,7 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 build: install
 	rm -rf dist

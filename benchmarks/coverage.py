@@ -257,7 +257,8 @@ def build(model_type: str) -> transformers.PreTrainedModel:
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     torch.manual_seed(0)
-    model = getattr(transformers, CLASSES[model_type])._from_config(config).eval()
+    made = getattr(transformers, CLASSES[model_type])._from_config(config)
+    model: transformers.PreTrainedModel = made.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

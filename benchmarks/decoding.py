@@ -18,7 +18,7 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from memlayer.generation import new_window
 if TYPE_CHECKING:
     from memlayer.memory import MemoryBank
 
-FREE = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+FREE: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def main() -> None:
@@ -103,9 +103,11 @@ def windows(arguments: argparse.Namespace) -> None:
     model.memory = filled_bank(model, size)
     ids = torch.randint(backbone.config.vocab_size, (1, arguments.segment), device=model.device)
     mask = torch.ones_like(ids)
-    ours, theirs = [], []
+    ours: list[float] = []
+    theirs: list[float] = []
+    sides: tuple[tuple[list[float], Any], ...] = ((ours, model), (theirs, backbone))
     for number in range(max(arguments.rounds // 5, 2) + 1):
-        for kept, side in ((ours, model), (theirs, backbone)):
+        for kept, side in sides:
             began = time.perf_counter()
             side.generate(ids, attention_mask=mask, max_new_tokens=tokens, **FREE)
             synchronize()

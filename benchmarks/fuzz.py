@@ -46,7 +46,7 @@ MEGABYTES = 64
 
 def make_bank(capacity: int = 64) -> MemoryBank:
     """Make the small bank that all saved ones are loaded into."""
-    backend = default_plugins().backends.get("torch")
+    backend: Any = default_plugins().backends.get("torch")
     return MemoryBank(
         capacity=capacity,
         chunk_size=4,

@@ -30,7 +30,7 @@ CAPPED = 65_536
 
 def make_bank(arguments: argparse.Namespace, capacity: int) -> MemoryBank:
     """Make an empty bank of the sizes of SmolLM2-135M, or as given."""
-    backend = default_plugins().backends.get(arguments.backend)
+    backend: Any = default_plugins().backends.get(arguments.backend)
     dim = arguments.head_dim
     return MemoryBank(
         capacity=capacity,

@@ -22,6 +22,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ _NUMBER = struct.Struct("<q")
 
 def make_bank() -> MemoryBank:
     """Make an empty bank, small enough that its oldest chunks are dropped on the way."""
-    backend = default_plugins().backends.get("torch")
+    backend: Any = default_plugins().backends.get("torch")
     return MemoryBank(
         capacity=CAPACITY,
         chunk_size=CHUNK,

@@ -23,15 +23,18 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import memlayer
 from memlayer.discovery import parts_of
 from memlayer.plugins import default_plugins
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK = 4
 PASSAGES = 2
@@ -62,7 +65,7 @@ class Recorder:
         keys, queries: ``(batch, heads, tokens, dim)`` of every layer, in the order of the layers.
     """
 
-    def __init__(self, backbone: nn.Module, layers: list[int]) -> None:
+    def __init__(self, backbone: PreTrainedModel, layers: list[int]) -> None:
         parts = parts_of(backbone, default_plugins())
         self.group = parts.num_attention_heads // parts.num_key_value_heads
         self.keys: list[Tensor] = []

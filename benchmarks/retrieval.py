@@ -25,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def paper_side(keys: Tensor) -> Side | str:
     if on_gpu and not hasattr(faiss, "StandardGpuResources"):
         return "faiss has no GPU support here"
     began = time.perf_counter()
-    indexes = [faiss.IndexFlatIP(dim) for _ in range(lanes)]
+    indexes: list[Any] = [faiss.IndexFlatIP(dim) for _ in range(lanes)]
     if on_gpu:
         resources = faiss.StandardGpuResources()
         indexes = [faiss.index_cpu_to_gpu(resources, 0, index) for index in indexes]
@@ -250,7 +251,7 @@ def measure_queries(
     began, rounds = time.perf_counter(), 0
     while rounds < arguments.rounds or time.perf_counter() - began < arguments.seconds:
         for side, kept in zip(sides, seconds, strict=True):
-            kept.append(timed(lambda side=side: side.search(queries, k), arguments.device))
+            kept.append(timed(partial(side.search, queries, k), arguments.device))
         rounds += 1
     return [
         {
@@ -308,7 +309,7 @@ def measure_appends(
         for side in writing:
             append = side.append
             assert append is not None
-            taken = timed(lambda append=append, new=new: append(new), arguments.device)
+            taken = timed(partial(append, new), arguments.device)
             spent[side.name].append(taken / vectors)
     # The mean: engines that tidy up now and then pay for it here.
     return [(name, statistics.fmean(taken)) for name, taken in spent.items()]

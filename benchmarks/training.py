@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -266,8 +266,8 @@ def measured(
 def operations(model: memlayer.LongMemModel, tokens: int) -> float:
     """Count what the weights ask for: 2 a weight forward, 4 more where gradients are taken."""
     backbone = sum(weight.numel() for weight in model.backbone.parameters())
-    embeddings = model.backbone.get_input_embeddings().weight
-    head = model.backbone.get_output_embeddings().weight
+    embeddings = cast("Tensor", model.backbone.get_input_embeddings().weight)
+    head = cast("Tensor", model.backbone.get_output_embeddings().weight)
     layers = backbone - embeddings.numel() - (head.numel() if head is not embeddings else 0)
     side = sum(weight.numel() for weight in model.trainable_parameters())
     # The head is run once, after the side network, with the gradient to its input.
