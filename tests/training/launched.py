@@ -26,7 +26,13 @@ def main(settings: argparse.Namespace) -> None:
         for number in range(9)
     ]
     config = memlayer.LongMemConfig(
-        backend="torch", segment_length=16, memory_size=64, top_k=8, chunk_size=4
+        backend="torch",
+        segment_length=16,
+        memory_size=64,
+        top_k=8,
+        chunk_size=4,
+        layer_reduction_factor=1 if settings.side_rank else 2,
+        side_rank=settings.side_rank,
     )
     options = TrainingOptions(
         steps=STEPS,
@@ -74,5 +80,6 @@ if __name__ == "__main__":
     parser.add_argument("--kill-after", type=int, metavar="STEP")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--side-rank", type=int)
     parser.add_argument("--report-to", action="append", default=[])
     main(parser.parse_args())

@@ -114,6 +114,21 @@ def test_two_processes_train_as_one_does_also_when_killed_and_resumed(
     assert json.loads((whole / "training.json").read_text())["machine"] == {"processes": 2}
 
 
+def test_low_rank_updates_train_alike_in_two_processes_that_hold_them_whole(
+    backbone: Path, tmp_path: Path
+) -> None:
+    for how in ("one", "ddp"):
+        check(launch(how, backbone, tmp_path / how, "--side-rank", 2))
+    expected, found = values(tmp_path / "one", "loss"), values(tmp_path / "ddp", "loss")
+    assert len(expected) == 50
+    assert expected[-1] < expected[0]
+    assert found == pytest.approx(expected, abs=1e-5)
+    refused = launch("fsdp2", backbone, tmp_path / "fsdp2", "--side-rank", 2)
+    assert refused.returncode != 0
+    message = "(coupled, side_rank) are trained under DDP, got FSDP 2; launch it with --multi_gpu"
+    assert message in refused.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_compiled_layers_train_alike_and_one_process_reports(
