@@ -281,6 +281,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _card(model: LongMemModel) -> str:
     config, name = model.memory_config, model.backbone.name_or_path
+    rank = config.side_rank
     trainable = sum(p.numel() for p in model.trainable_parameters())
     return f"""---
 base_model: {name}
@@ -313,5 +314,5 @@ model.generate(prompt_ids, max_new_tokens=100)
 | segment length | {config.segment_length} |
 | backbone layers per side layer | {config.layer_reduction_factor} |
 | start | {config.side_init} |
-| rank of its updates | {"full" if config.side_rank is None else config.side_rank} |
+| side layers | {"copies" if rank is None else f"low-rank updates, rank {rank}"} |
 """

@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from memlayer.errors import UnsupportedModelError
+from memlayer.plain_linear import is_linear
 
 SCALE = 2.0
 """On every update, whatever its rank: LoRA's alpha at twice the rank, the usual one."""
@@ -47,7 +48,7 @@ class LowRankUpdate(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Give :math:`2 B A x`: ``(..., in_features)`` to ``(..., out_features)``."""
         inner = functional.linear(inputs.to(self.down.dtype), self.down)
-        outer: Tensor = functional.linear(inner, SCALE * self.up)
+        outer: Tensor = functional.linear(SCALE * inner, self.up)
         return outer
 
     def add(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -71,14 +72,14 @@ def add_updates(layer: nn.Module, rank: int, seed: int) -> nn.Module:
         UnsupportedModelError: if the layer has no linear maps.
     """
     updates, generator = nn.Module(), torch.Generator().manual_seed(seed)
-    for path, module in _linear_maps(layer):
+    for path, module, sizes in _linear_maps(layer):
         *parents, name = path.split(".")
         place = updates
         for parent in parents:
             if not hasattr(place, parent):
                 place.add_module(parent, nn.Module())
             place = place.get_submodule(parent)
-        update = LowRankUpdate(*_sizes(module), rank, generator)
+        update = LowRankUpdate(*sizes, rank, generator)
         place.add_module(name, update)
         # A bound method: a copy of the layer is then bound to a copy of the update.
         module.register_forward_hook(update.add)
@@ -90,20 +91,18 @@ def add_updates(layer: nn.Module, rank: int, seed: int) -> nn.Module:
     return updates
 
 
-def _linear_maps(layer: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Go through the maps of a layer; one with an adapter around it counts once, as a whole."""
+def _linear_maps(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
+    """Go through path, module and sizes of a layer's maps; one with an adapter counts once."""
     inside: set[int] = set()
     for path, module in layer.named_modules():
-        if id(module) in inside or not (
-            isinstance(module, Conv1D)
-            or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-        ):
-            continue
-        inside.update(id(below) for below in module.modules())
-        yield path, module
+        sizes = _sizes(module)
+        if sizes is not None and id(module) not in inside:
+            inside.update(id(below) for below in module.modules())
+            yield path, module, sizes
 
 
-def _sizes(module: Any) -> tuple[int, int]:
+def _sizes(module: Any) -> tuple[int, int] | None:
+    """Give a linear map's features in and out; None for any other module."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    return module.in_features, module.out_features
+    return (module.in_features, module.out_features) if is_linear(module) else None

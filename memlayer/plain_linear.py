@@ -31,7 +31,7 @@ def plain_linears(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Mo
     """
     inside: set[int] = set()
     for part in module.modules():
-        if id(part) in inside or not _is_linear(part):
+        if id(part) in inside or not is_linear(part):
             continue
         if hasattr(part, "base_layer") or any(is_packed(p) for p in part.parameters()):
             inside.update(id(below) for below in part.modules())
@@ -53,7 +53,8 @@ def unpacked(weight: Tensor) -> Tensor:
     return weight.dequantize()
 
 
-def _is_linear(part: nn.Module) -> bool:
+def is_linear(part: nn.Module) -> bool:
+    """Whether it is a linear map of whatever library, by the sizes that it names."""
     return hasattr(part, "in_features") and hasattr(part, "out_features")
 
 

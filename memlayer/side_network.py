@@ -83,7 +83,6 @@ class SideNetwork(nn.Module):
         gates: one ``(H,)`` float32 parameter a memory layer, before the sigmoid.
         scales: ``(L_s,)`` float32, :math:`a_l`; None unless with ``side_init="identity"``.
         coupled: whether only the layers that read memory are trained.
-        rank: of the updates of side layers that are twins of the backbone's; None: copies.
         twins: the side layers that run the backbone's own weights, and in its precision.
         replaces: whether side layers take the place of the layers that they are copies of.
         boundaries: for each side layer, the last backbone layer (from 0) whose work it stands for.
@@ -117,11 +116,11 @@ class SideNetwork(nn.Module):
         self.sources = tuple(sources)
         numbered, dtype = layer_numbers(parts.layers), weights_dtype(parts)
         device = execution_device(parts.decoder)
-        self.rank = config.side_rank
+        rank = config.side_rank
         wide = torch.promote_types(dtype, torch.float32)
         trained = set(self.readers) if config.coupled else set(range(len(sources)))
         self.twins = frozenset(
-            number for number in range(len(sources)) if self.rank or number not in trained
+            number for number in range(len(sources)) if rank or number not in trained
         )
         # Not a ModuleList: a twin's weights are the backbone's.
         self.in_order = tuple(
@@ -131,7 +130,7 @@ class SideNetwork(nn.Module):
             for number, source in enumerate(sources)
         )
         self.layers = nn.ModuleList(
-            layer if self.rank is None else add_updates(layer, self.rank, seed=number).to(wide)
+            layer if rank is None else add_updates(layer, rank, seed=number).to(wide)
             for number, layer in enumerate(self.in_order)
             if number in trained
         )

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from memlayer.backbones import Backbone
     from memlayer.model import LongMemModel
 
-    AsTrained = Callable[..., LongMemModel]
-
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -34,13 +32,16 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def as_trained() -> AsTrained:
-    """Give a function that moves every trainable weight, so that memory makes a difference."""
+def as_trained() -> Callable[..., LongMemModel]:
+    """Give a function that moves every trainable weight, or those of a name's ending."""
 
-    def move(model: LongMemModel, *, by: float = 0.1, seed: int = 0) -> LongMemModel:
+    def move(
+        model: LongMemModel, *, by: float = 0.1, seed: int = 0, ending: str = ""
+    ) -> LongMemModel:
         generator = torch.Generator().manual_seed(seed)
+        chosen = [p for name, p in model.side_network.named_parameters() if name.endswith(ending)]
         with torch.no_grad():
-            for parameter in model.trainable_parameters():
+            for parameter in chosen:
                 parameter.add_(by * torch.randn(parameter.shape, generator=generator))
         return model
 
