@@ -20,9 +20,9 @@ from reference_report import read_documents
 from torch.nn import functional
 
 import memlayer
+from memlayer.data.windows import windows
 from memlayer.evaluation import PerplexityOptions, evaluate_perplexity
 from memlayer.evaluation.knn_lm import NearestTokens, mix
-from memlayer.evaluation.windows import windows
 
 WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.3)
 NEIGHBORS = (64, 256, 1024)

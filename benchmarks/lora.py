@@ -77,12 +77,13 @@ def train_without_memory(
     """Train whatever trains of a causal-LM model on the segments that a side network would read.
 
     Returns:
-        The tokens read.
+        The tokens trained on.
     """
     batches = StreamBatches(
         documents,
         rows=options.batch_size,
         segment_length=segment_length,
+        stride=options.stride,
         seed=options.seed,
         repeat=True,
     )
@@ -101,7 +102,7 @@ def train_without_memory(
         optimizer.param_groups[0]["lr"] = learning_rate * factor
         for _ in range(options.gradient_accumulation):
             batch = next(batches)
-            tokens += int(batch.attention_mask.sum())
+            tokens += int(batch.fresh.sum())
             loss = next_token_loss(model, batch, dtype)
             (loss / options.gradient_accumulation).backward()
         if options.max_gradient_norm is not None:

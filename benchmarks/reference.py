@@ -110,6 +110,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--segment-length", type=int, default=512)
+    parser.add_argument("--stride", type=int, help="of segments that overlap; none if left out")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--gate-learning-rate", type=float, default=2e-2)
     parser.add_argument("--lora-learning-rate", type=float, default=1e-3)
@@ -144,6 +145,7 @@ def training_options(arguments: argparse.Namespace) -> TrainingOptions:
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         gate_learning_rate=arguments.gate_learning_rate,
+        stride=arguments.stride,
         warmup=arguments.warmup,
         dtype=arguments.dtype,
         seed=arguments.seed,

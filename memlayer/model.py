@@ -184,10 +184,22 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
         hidden = _keep(states.hidden_states[-1], logits_to_keep)
         return self._head(self.parts.final_norm(hidden))
 
-    def remember(self, states: BackboneStates, memory: MemoryBank | None = None) -> None:
-        """Append one backbone pass's keys and values to a memory (the model's own if None)."""
+    def remember(
+        self,
+        states: BackboneStates,
+        memory: MemoryBank | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Append one backbone pass's keys and values to a memory (the model's own if None).
+
+        Args:
+            states: what `encode` gave.
+            memory: to append to.
+            mask: ``(B, T)``, 0 for tokens to leave out; padding if None.
+        """
         bank = self.memory if memory is None else memory
-        bank.write(states.keys, states.values, states.attention_mask)
+        bank.write(states.keys, states.values, states.attention_mask if mask is None else mask)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return logits_of(self.backbone, self.parts, hidden)
@@ -204,7 +216,7 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        update_memory: bool = False,
+        update_memory: bool | Tensor = False,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -220,8 +232,9 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
             labels: ``(B, T)``, int64; shifted inside, -100 is not scored.
             use_cache: return a cache; as the backbone's config says if None and not training.
             logits_to_keep: how many last positions to give logits for (0: all), or which.
-            update_memory: after reading, append this segment to memory. A backward pass may still
-                follow, but before the next update.
+            update_memory: after reading, append this segment to memory, or those of its tokens
+                that a mask ``(B, T)`` has 1 for. A backward pass may still follow, but before the
+                next update.
             return_dict: False for a tuple.
             kwargs: passed to the backbone while the adapter is disabled; else refused.
 
@@ -274,8 +287,9 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
             reader = None if memory is None else BankReader(memory, expand)
             cache = states.past_key_values
         logits = self.read(states, reader, logits_to_keep=logits_to_keep)
-        if update_memory:
-            self.remember(states)
+        mask = update_memory if isinstance(update_memory, Tensor) else None
+        if mask is not None or update_memory:
+            self.remember(states, mask=mask)
         loss = None
         if labels is not None:
             loss = self.backbone.loss_function(logits, labels, vocab_size=logits.shape[-1])
@@ -344,8 +358,13 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
             module.training = training
         return self.backbone
 
-    def new_memory(self, memory_size: int | None = None) -> MemoryBank:
-        """Make an empty memory for this model, of another size if given (tokens per row)."""
+    def new_memory(self, memory_size: int | None = None, *, overlap: int = 0) -> MemoryBank:
+        """Make an empty memory for this model.
+
+        Args:
+            memory_size: tokens per row, if not as configured.
+            overlap: newest tokens of a row that are kept but not found, for windows that overlap.
+        """
         config = self.memory_config
         if memory_size is not None:
             config = replace(config, memory_size=memory_size)
@@ -362,6 +381,7 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
             storage=config.memory_storage,
             shared=config.memory_scope == "batch",
             slack=config.segment_length,
+            overlap=overlap,
             identity=self._kept_identity or self._identity(),
         )
 
@@ -434,9 +454,9 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
     # ---------------------------------------------------------------- parts
 
     def _plain_backbone(
-        self, update_memory: bool, **arguments: Any
+        self, update_memory: bool | Tensor, **arguments: Any
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        if update_memory:
+        if isinstance(update_memory, Tensor) or update_memory:
             raise ConfigError("update_memory=True needs the adapter; it is disabled here")
         given = {name: value for name, value in arguments.items() if value is not None}
         output: CausalLMOutputWithPast | tuple[Any, ...] = self.backbone(**given)

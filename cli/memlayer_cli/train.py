@@ -135,6 +135,14 @@ def train(
         int,
         typer.Option(help="Segments of each document per step.", rich_help_panel=_TRAINING_PANEL),
     ] = OPTIONS.gradient_accumulation,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens between the starts of two segments, which overlap if it is below "
+            "--segment-length. Default: that.",
+            rich_help_panel=_TRAINING_PANEL,
+        ),
+    ] = OPTIONS.stride,
     learning_rate: Annotated[
         float, typer.Option(help="Peak, for weights.", rich_help_panel=_TRAINING_PANEL)
     ] = OPTIONS.learning_rate,
@@ -236,6 +244,7 @@ def train(
         tokens=tokens,
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
+        stride=stride,
         learning_rate=learning_rate,
         gate_learning_rate=gate_learning_rate,
         warmup=warmup,

@@ -5,6 +5,9 @@
 
 A row's next segment continues the same document, so that its memory is that document's past. Where
 `Batch.ends` is True the document is over: the caller clears that row's memory after the step.
+
+With a stride S below T segments overlap, as windows.py says: A[0:T], A[S:S+T], ... All but the last
+S tokens of a later segment are context, which an earlier one has scored: their target is -100.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memlayer.data.windows import count_windows
 from memlayer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -39,12 +43,15 @@ class Batch:
         targets: ``(B, T)``, int64. The token that follows in the document, also across the end of
             the segment; `IGNORED` where none does, and on padding.
         attention_mask: ``(B, T)``, int64. 1 for tokens, 0 for padding, which is on the right.
+        fresh: ``(B, T)``, int64. 1 for tokens that no segment before this one held, 0 for context
+            and padding.
         ends: ``(B,)``, bool. The row's document ends with this segment.
     """
 
     input_ids: Tensor
     targets: Tensor
     attention_mask: Tensor
+    fresh: Tensor
     ends: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
@@ -53,6 +60,7 @@ class Batch:
             input_ids=self.input_ids.to(device),
             targets=self.targets.to(device),
             attention_mask=self.attention_mask.to(device),
+            fresh=self.fresh.to(device),
             ends=self.ends.to(device),
         )
 
@@ -69,13 +77,15 @@ class StreamBatches(Iterator[Batch]):
     Args:
         documents: of at least 2 tokens each; shorter ones are skipped, which is logged.
         rows: streams, that is, the batch size.
-        segment_length: tokens of a row and batch.
+        segment_length: T, tokens of a row and batch.
+        stride: S, tokens between the starts of two segments; T if None.
         seed: decides the order of the documents in every epoch.
         shuffle: False keeps the order given.
         repeat: never end.
 
     Raises:
-        ConfigError: if ``rows`` or ``segment_length`` is too small.
+        ConfigError: if ``rows`` or ``segment_length`` is too small, or ``stride`` not within 1
+            to T.
         DataError: if there is no document, or none as long as one segment.
     """
 
@@ -85,6 +95,7 @@ class StreamBatches(Iterator[Batch]):
         *,
         rows: int,
         segment_length: int,
+        stride: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
         repeat: bool = False,
@@ -93,9 +104,15 @@ class StreamBatches(Iterator[Batch]):
             raise ConfigError(f"rows must be at least 1, got {rows}")
         if segment_length < 2:
             raise ConfigError(f"segment_length must be at least 2, got {segment_length}")
+        stride = segment_length if stride is None else stride
+        if not 1 <= stride <= segment_length:
+            raise ConfigError(
+                f"stride must be within 1 and segment_length={segment_length}, got {stride}"
+            )
         self.documents = _usable(documents, segment_length)
         self.rows = rows
         self.segment_length = segment_length
+        self.stride = stride
         self.seed = seed
         self.shuffle = shuffle
         self.repeat = repeat
@@ -106,7 +123,8 @@ class StreamBatches(Iterator[Batch]):
     def total_segments(self) -> int:
         """Segments of one epoch, over all rows."""
         return sum(
-            -(-(len(document.input_ids) - 1) // self.segment_length) for document in self.documents
+            count_windows(len(document.input_ids) - 1, self.segment_length, self.stride)
+            for document in self.documents
         )
 
     def __iter__(self) -> StreamBatches:
@@ -124,6 +142,7 @@ class StreamBatches(Iterator[Batch]):
             input_ids=torch.zeros(shape, dtype=torch.int64),
             targets=torch.full(shape, IGNORED, dtype=torch.int64),
             attention_mask=torch.zeros(shape, dtype=torch.int64),
+            fresh=torch.zeros(shape, dtype=torch.int64),
             ends=torch.zeros(self.rows, dtype=torch.bool),
         )
         for row in range(self.rows):
@@ -146,8 +165,10 @@ class StreamBatches(Iterator[Batch]):
         Raises:
             DataError: if the state belongs to other documents or settings.
         """
+        # Streams that were saved before segments could overlap do not name their stride.
+        settings = {"stride": state["settings"].get("segment_length"), **state["settings"]}
         for name, value in self._settings().items():
-            saved = state["settings"].get(name)
+            saved = settings.get(name)
             if saved != value:
                 raise DataError(
                     f"the saved stream has {name}={saved}, this one has {value}; resume with the "
@@ -177,6 +198,7 @@ class StreamBatches(Iterator[Batch]):
             "documents": _digest(self.documents),
             "rows": self.rows,
             "segment_length": self.segment_length,
+            "stride": self.stride,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "repeat": self.repeat,
@@ -205,10 +227,12 @@ class StreamBatches(Iterator[Batch]):
         ids = self.documents[document].input_ids
         start, end = self._offsets[row], self._offsets[row] + self.segment_length
         inputs, targets = ids[start:end], ids[start + 1 : end + 1]
+        context = self.segment_length - self.stride if start else 0
         batch.input_ids[row, : len(inputs)] = inputs
         batch.attention_mask[row, : len(inputs)] = 1
-        batch.targets[row, : len(targets)] = targets
-        self._offsets[row] = end
+        batch.fresh[row, context : len(inputs)] = 1
+        batch.targets[row, context : len(targets)] = targets[context:]
+        self._offsets[row] = start + self.stride
         # From the last token alone nothing can be predicted: a segment that starts there is none.
         if end >= len(ids) - 1:
             batch.ends[row] = True

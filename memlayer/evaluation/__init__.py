@@ -1,7 +1,6 @@
 """Evaluate: how well a model predicts documents, with and without memory.
 
     options.py     what to measure
-    windows.py     which tokens each forward reads and scores
     scoring.py     losses of every scored token, under every condition
     statistics.py  intervals
     perplexity.py  all of it together, for a model and documents in hand

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from memlayer.config import LongMemConfig
+from memlayer.data.windows import windows
 from memlayer.discovery import parts_of
 from memlayer.errors import ConfigError, DataError, ShapeError, UnsupportedModelError
 from memlayer.evaluation.knn_lm import NearestTokens
@@ -36,7 +37,6 @@ from memlayer.evaluation.scoring import (
     model_losses,
 )
 from memlayer.evaluation.summary import Losses, summarise
-from memlayer.evaluation.windows import windows
 from memlayer.model import LongMemModel
 from memlayer.modes import evaluating
 from memlayer.plugins import default_plugins
@@ -247,13 +247,16 @@ class _Evaluation:
                 for document in self.documents
             ]
             return {"backbone": losses}, [0] * len(losses)
-        memories = {name: model.new_memory(size) for name, size in self.sizes.items()}
+        overlap = self.windowing.segment_length - stride
+        memories = {
+            name: model.new_memory(size, overlap=overlap) for name, size in self.sizes.items()
+        }
         by_condition: dict[str, list[Tensor]] = {
             name: [] for name in ("backbone", "no_memory", *memories)
         }
         if self.options.foreign_memory:
             by_condition[FOREIGN] = []
-            other_memory = model.new_memory(self.sizes[self.headline])
+            other_memory = model.new_memory(self.sizes[self.headline], overlap=overlap)
         if self.options.knn_lm:
             by_condition |= {KNN_LM: [], KNN_MEMORY: []}
         held = []

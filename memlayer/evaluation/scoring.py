@@ -6,13 +6,12 @@
                             ├─► side network, another's memory ──► losses
                             ├─► votes of the nearest contexts ───► losses of the backbone and of
                             │                                      the largest memory with them
-                            └─► keys, values of newly read tokens ─► wait until they left the window
-                                                                     └─► every memory
+                            └─► keys, values of newly read tokens ─► every memory
 
-A memory holds, when window i is read, the tokens before the window's first one and no others: not
-those that overlapping windows share. A token's keys and values are those of the window that scored
-it, in which it has the most context. With fresh segments that is the paper's order: retrieve, then
-append the segment.
+What a memory lets be found, when window i is read, are the tokens before the window's first one:
+those that overlapping windows share wait in it. A token's keys and values are those of the window
+that scored it, in which it has the most context. With fresh segments that is the paper's order:
+retrieve, then append the segment.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memlayer.evaluation.windows import Window, windows
+from memlayer.data.windows import Window, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,8 +89,9 @@ def model_losses(
     Args:
         model: wrapped backbone; its own memory is neither read nor written.
         input_ids: ``(n,)``, int64, n at least 2.
-        memories: empty banks by the condition's name. They hold the document afterwards.
-        foreign: another document and an empty bank for it: the condition ``foreign_memory``.
+        memories: empty banks by the condition's name, of `overlap` ``segment_length - stride``.
+            They hold the document afterwards.
+        foreign: another document and an empty bank of that kind: the condition ``foreign_memory``.
         nearest: of no context yet: the conditions ``knn_lm`` and, with a memory, ``knn_memory``.
         segment_length: tokens of a window.
         stride: tokens between the starts of two windows.
@@ -104,12 +104,10 @@ def model_losses(
     """
     positions = len(input_ids) - 1
     losses = {name: torch.empty(positions) for name in ("backbone", "no_memory", *memories)}
-    pending = PendingMemory(list(memories.values()))
     read = dict(memories)
     if foreign is not None:
         losses[FOREIGN] = torch.empty(positions)
         read[FOREIGN] = foreign.memory
-        others = PendingMemory([foreign.memory])
         repeats = -(-positions // len(foreign.input_ids))
         other_ids = foreign.input_ids.repeat(repeats)
     if nearest is not None:
@@ -117,9 +115,6 @@ def model_losses(
         losses |= {name: torch.empty(positions) for name in names}
     held = 0
     for window in windows(positions, segment_length, stride):
-        pending.write_before(window.start)
-        if foreign is not None:
-            others.write_before(window.start)
         held = max([held, *(len(memory) for memory in memories.values())])
         inputs = input_ids[window.start : window.end].unsqueeze(0).to(model.device)
         states = model.encode(inputs)
@@ -142,11 +137,13 @@ def model_losses(
         if nearest is not None and memories:
             largest = losses[list(memories)[-1]][scored]
             losses[KNN_MEMORY][scored] = nearest.mixed(largest, votes)
-        pending.push(_last(states.keys, kept), _last(states.values, kept))
+        keys, values = _last(states.keys, kept), _last(states.values, kept)
+        for memory in memories.values():
+            memory.write(keys, values)
         if foreign is not None:
             inputs = other_ids[window.start : window.end].unsqueeze(0).to(model.device)
             states = model.encode(inputs)
-            others.push(_last(states.keys, kept), _last(states.values, kept))
+            foreign.memory.write(_last(states.keys, kept), _last(states.values, kept))
         advance(window.end - window.start)
     return losses, held
 
@@ -162,49 +159,6 @@ class Foreign:
 
     input_ids: Tensor
     memory: MemoryBank
-
-
-class PendingMemory:
-    """Keys and values of tokens that wait until their token has left the window.
-
-    Args:
-        memories: that receive them, all alike.
-    """
-
-    def __init__(self, memories: Sequence[MemoryBank]) -> None:
-        self._memories = memories
-        self._written = 0
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-
-    def push(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Append the next tokens.
-
-        Args:
-            keys: ``(1, H_kv, n, D)``, one tensor a memory layer.
-            values: likewise.
-        """
-        self._keys = _joined(self._keys, keys)
-        self._values = _joined(self._values, values)
-
-    def write_before(self, position: int) -> None:
-        """Write the tokens before a position that no memory has yet, and forget them here."""
-        count = position - self._written
-        if count == 0:
-            return
-        keys = tuple(key[:, :, :count] for key in self._keys)
-        values = tuple(value[:, :, :count] for value in self._values)
-        for memory in self._memories:
-            memory.write(keys, values)
-        self._keys = [key[:, :, count:] for key in self._keys]
-        self._values = [value[:, :, count:] for value in self._values]
-        self._written = position
-
-
-def _joined(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
-    if not before:
-        return list(after)
-    return [torch.cat(pair, dim=2) for pair in zip(before, after, strict=True)]
 
 
 def _last(parts: Sequence[Tensor], count: int) -> list[Tensor]:

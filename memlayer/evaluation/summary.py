@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memlayer.data.windows import places_in_window
 from memlayer.evaluation.results import (
     ConditionScore,
     DocumentScore,
@@ -20,7 +21,6 @@ from memlayer.evaluation.results import (
 )
 from memlayer.evaluation.scoring import FOREIGN, KNN_LM, KNN_MEMORY
 from memlayer.evaluation.statistics import Interval, Method, paired_interval
-from memlayer.evaluation.windows import places_in_window
 
 if TYPE_CHECKING:
     from memlayer.data import TokenDocument

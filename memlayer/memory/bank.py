@@ -55,6 +55,8 @@ class MemoryBank:
             memory, or in the file that they are loaded from; `retrieve` copies what it found.
         shared: one memory for all rows of a batch, instead of one each.
         slack: tokens beyond ``capacity`` that stay readable for a backward pass.
+        overlap: O, newest tokens of each row that wait and cannot be retrieved, since the window
+            that reads the memory contains them, too. 0: windows that share nothing.
         identity: what these keys and values are of (model, layers); a saved bank of another
             identity is refused.
 
@@ -80,6 +82,7 @@ class MemoryBank:
         storage: MemoryStorage = "device",
         shared: bool = False,
         slack: int = 1024,
+        overlap: int = 0,
         identity: str = "",
     ) -> None:
         self.capacity = capacity
@@ -96,7 +99,13 @@ class MemoryBank:
                 f"storage must be one of {', '.join(get_args(MemoryStorage))}, got {storage!r:.80}"
             )
         self.storage = storage
+        if overlap and shared:
+            raise ConfigError(
+                f"overlap={overlap} needs a memory for each row, got one that all rows share; "
+                "leave windows without overlap, or give rows memories of their own"
+            )
         self.shared = shared
+        self.overlap = overlap
         self.identity = identity
         self.tokenizer: str | None
         self.reading: Reading
@@ -122,10 +131,13 @@ class MemoryBank:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens held by each row, waiting ones included: ``(rows,)``, int64, on the CPU."""
+        """Tokens held by each row: ``(rows,)``, int64, on the CPU.
+
+        Those that wait for their chunk are counted, those that a window still contains are not.
+        """
         if self._ring is None:
             return torch.zeros(0, dtype=torch.int64)
-        held = self._held_chunks() * self.chunk_size + self._held_waiting().lengths
+        held = self._held_chunks() * self.chunk_size + self._held_waiting().lengths_for_chunks()
         return held.clamp(max=self.capacity)
 
     @property
@@ -467,7 +479,10 @@ class MemoryBank:
             slots_now=slots,
         )
         self._waiting = WaitingTokens(
-            shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device
+            shape,
+            overlap=self.overlap,
+            dtype=torch.promote_types(self.dtype, torch.float32),
+            device=self.device,
         )
 
     def _lanes(self, rows: Tensor) -> list[int]:

@@ -84,6 +84,7 @@ class BankSettings:
         head_dim: D.
         dtype: of stored keys and values.
         shared: one memory for all rows of a batch.
+        overlap: newest tokens of a row that wait because a window still contains them.
     """
 
     identity: str
@@ -93,6 +94,12 @@ class BankSettings:
     head_dim: int
     dtype: str
     shared: bool
+    overlap: int
+
+    @property
+    def waiting_room(self) -> int:
+        """Tokens of a row that can wait."""
+        return self.overlap + self.chunk_size - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +138,7 @@ class Manifest:
         capacity: tokens per row.
         written: chunks written to each row since its last clear.
         held: how many of them can be retrieved.
-        waiting: tokens of each row whose chunk is not whole yet.
+        waiting: tokens of each row that are in no whole chunk yet.
         reading: where each batch row's text stands.
         documents: what was memorized.
         tokenizer: a fingerprint of the tokenizer, or None.
@@ -164,7 +171,10 @@ class Manifest:
     def lengths(self) -> tuple[int, ...]:
         """Tokens held by each row, waiting ones included."""
         return tuple(
-            min(held * self.settings.chunk_size + waiting, self.capacity)
+            min(
+                held * self.settings.chunk_size + max(waiting - self.settings.overlap, 0),
+                self.capacity,
+            )
             for held, waiting in zip(self.held, self.waiting, strict=True)
         )
 
@@ -263,6 +273,8 @@ def _parse_settings(content: Fields) -> BankSettings:
         head_dim=content.whole("head_dim", least=1),
         dtype=content.text("dtype"),
         shared=content.truth("shared"),
+        # Banks that were saved before there were overlapping windows do not name it.
+        overlap=content.whole("overlap") if "overlap" in content.values else 0,
     )
 
 
@@ -323,7 +335,7 @@ def _check(manifest: Manifest, content: Fields) -> None:
     for name, fits in (
         ("held", all(n <= w for n, w in zip(manifest.held, manifest.written, strict=True))),
         ("held", all(n * chunk_size <= limit for n in manifest.held)),
-        ("waiting", all(n < chunk_size for n in manifest.waiting)),
+        ("waiting", all(n <= manifest.settings.waiting_room for n in manifest.waiting)),
         ("state", (manifest.state is None) == (manifest.rows == 0)),
         ("reading", all(r.document < len(manifest.documents) for r in manifest.reading)),
         ("shards", _are_gapless(manifest)),

@@ -181,6 +181,7 @@ def settings_of(bank: MemoryBank) -> BankSettings:
         head_dim=bank.head_dim,
         dtype=str(bank.dtype).removeprefix("torch."),
         shared=bank.shared,
+        overlap=bank.overlap,
     )
 
 

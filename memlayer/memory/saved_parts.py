@@ -25,9 +25,9 @@ class SavedState:
     """What is not in whole chunks.
 
     Attributes:
-        keys: ``(layers, rows, H_kv, C - 1, D)``, float32 or more. Of waiting tokens.
+        keys: ``(layers, rows, H_kv, O + C - 1, D)``, float32 or more. Of waiting tokens.
         values: likewise.
-        sources: ``(rows, C - 1, 3)``, int64.
+        sources: ``(rows, O + C - 1, 3)``, int64.
         open_ids: ``(n,)``, int64. Token ids of the open segments, one row's after the other's.
     """
 
@@ -104,7 +104,7 @@ def read_state(directory: Path, manifest: Manifest, *, verify: bool) -> SavedSta
         MemoryFormatError: if it is missing or damaged.
     """
     assert manifest.state is not None
-    settings, rows, waiting = manifest.settings, manifest.rows, manifest.settings.chunk_size - 1
+    settings, rows, waiting = manifest.settings, manifest.rows, manifest.settings.waiting_room
     lanes = (settings.num_layers, rows, settings.num_key_value_heads)
     dtype = torch.promote_types(_dtype(directory, manifest), torch.float32)
     tokens = Expected(dtype, (*lanes, waiting, settings.head_dim))

@@ -37,6 +37,7 @@ class BankInfo:
         head_dim: D.
         dtype: of stored keys and values.
         shared: one memory for all rows of a batch.
+        overlap: newest tokens of a row that wait because a window still contains them.
         rows: memories held.
         lengths: tokens held by each row.
         tokenizer: a fingerprint of the tokenizer, or None.
@@ -59,6 +60,7 @@ class BankInfo:
     head_dim: int
     dtype: str
     shared: bool
+    overlap: int
     rows: int
     lengths: tuple[int, ...]
     tokenizer: str | None

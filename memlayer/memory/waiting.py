@@ -1,4 +1,4 @@
-"""The tokens that wait for their chunk to become whole, and cutting tokens into chunks."""
+"""The tokens that wait, for their chunk or their window, and cutting tokens into chunks."""
 
 from __future__ import annotations
 
@@ -37,35 +37,49 @@ class NewTokens:
 
 
 class WaitingTokens:
-    """Fewer than C tokens of each row, in the precision that they came in.
+    """The newest tokens of each row, in the precision that they came in.
+
+    These are the O that a window still contains, and fewer than C whose chunk is not whole.
 
     Args:
         shape: memory layers, rows, key/value heads, tokens per chunk, head_dim.
+        overlap: O.
         dtype: of waiting keys and values: at least float32, for the mean of their chunk.
         device: where they lie. Sources lie on the CPU always.
 
     Attributes:
-        keys: ``(layers, rows, H_kv, C - 1, D)``.
+        keys: ``(layers, rows, H_kv, O + C - 1, D)``.
         values: likewise.
-        sources: ``(rows, C - 1, 3)``, int64, CPU.
+        sources: ``(rows, O + C - 1, 3)``, int64, CPU.
         lengths: ``(rows,)``, int64, CPU. How many of them are real.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int, int, int], *, dtype: torch.dtype, device: torch.device
+        self,
+        shape: tuple[int, int, int, int, int],
+        *,
+        overlap: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         layers, rows, heads, chunk_size, head_dim = shape
         self.chunk_size = chunk_size
+        self.overlap = overlap
+        self.room = overlap + chunk_size - 1
         self.keys = torch.zeros(
-            layers, rows, heads, chunk_size - 1, head_dim, dtype=dtype, device=device
+            layers, rows, heads, self.room, head_dim, dtype=dtype, device=device
         )
         self.values = torch.zeros_like(self.keys)
-        self.sources = torch.full((rows, chunk_size - 1, 3), -1)
+        self.sources = torch.full((rows, self.room, 3), -1)
         self.lengths = torch.zeros(rows, dtype=torch.int64)
 
     def clear(self, rows: Tensor) -> None:
         """Forget what these rows have waiting."""
         self.lengths[rows] = 0
+
+    def lengths_for_chunks(self) -> Tensor:
+        """Count the tokens that wait for their chunk alone: ``(rows,)``, int64, CPU."""
+        return (self.lengths - self.overlap).clamp(min=0)
 
     def cut(self, new: NewTokens) -> Chunks:
         """Join waiting and new tokens, give the whole chunks and keep the rest waiting."""
@@ -75,7 +89,8 @@ class WaitingTokens:
         sources = new.sources
         if order is not None:
             sources = _take_sources(torch.cat([self.sources, sources], dim=1), order)
-        whole = torch.div(lengths, self.chunk_size, rounding_mode="floor")
+        left = (lengths - self.overlap).clamp(min=0)
+        whole = torch.div(left, self.chunk_size, rounding_mode="floor")
         self._keep(keys, values, sources, whole, lengths)
         most = int(whole.max())
         used, shape = most * self.chunk_size, (most, self.chunk_size)
@@ -92,13 +107,13 @@ class WaitingTokens:
         """Say how a row's waiting and new tokens become one sequence without gaps.
 
         Returns:
-            The order ``(rows, C - 1 + T)``, CPU, in which to take them, or None if nothing waits
-            and nothing is padding; and how many there are in each row, ``(rows,)``.
+            The order ``(rows, O + C - 1 + T)``, CPU, in which to take them, or None if nothing
+            waits and nothing is padding; and how many there are in each row, ``(rows,)``.
         """
         tokens, mask = new.keys.shape[3], new.mask
         if mask is None and not self.lengths.any():
             return None, torch.full_like(self.lengths, tokens)
-        waiting = torch.arange(self.chunk_size - 1) < self.lengths.unsqueeze(1)
+        waiting = torch.arange(self.room) < self.lengths.unsqueeze(1)
         if mask is None:
             mask = torch.ones(len(self.lengths), tokens, dtype=torch.bool)
         real = torch.cat([waiting, mask.cpu()], dim=1)
@@ -107,7 +122,7 @@ class WaitingTokens:
     def _keep(
         self, keys: Tensor, values: Tensor, sources: Tensor, whole: Tensor, lengths: Tensor
     ) -> None:
-        start = (whole * self.chunk_size).unsqueeze(1) + torch.arange(self.chunk_size - 1)
+        start = (whole * self.chunk_size).unsqueeze(1) + torch.arange(self.room)
         start = start.clamp(max=keys.shape[3] - 1)
         precision = self.keys.dtype
         self.keys = _take(keys, start).to(precision)

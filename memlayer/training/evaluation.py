@@ -2,8 +2,8 @@
 
 Three models read the same tokens from the same backbone pass: the backbone alone, the side network
 with its memory off, and with it on. The memory is a bank of its own, so that what the training
-streams remember stays as it is. `memlayer.evaluation` measures a finished checkpoint thoroughly;
-this is the small, fixed sample that draws the curves.
+streams remember stays as it is. `memlayer.evaluation` measures a finished checkpoint thoroughly, in
+the same way; this is the small, fixed sample that draws the curves.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from memlayer.errors import ConfigError, DataError
-from memlayer.evaluation.windows import windows
+from memlayer.evaluation.scoring import model_losses
 from memlayer.modes import evaluating
 
 if TYPE_CHECKING:
@@ -68,7 +67,8 @@ def measure_perplexities(
     model: LongMemModel,
     sample: Sequence[Tensor],
     *,
-    before_segment: Callable[[], None] = lambda: None,
+    stride: int | None = None,
+    after_segment: Callable[[], None] = lambda: None,
 ) -> Perplexities:
     """Score a sample in segments, one after the other, each remembered after it was scored.
 
@@ -77,32 +77,27 @@ def measure_perplexities(
     Args:
         model: wrapped backbone.
         sample: what `validation_sample` chose.
-        before_segment: called before each segment; may raise to stop.
+        stride: tokens between the starts of two segments; their length if None.
+        after_segment: called after each segment; may raise to stop.
     """
-    losses = torch.zeros(3, dtype=torch.float64)
-    tokens = 0
     length = model.memory_config.segment_length
+    stride = length if stride is None else stride
+    names = ("memory", "no_memory", "backbone")
+    sums = dict.fromkeys(names, 0.0)
     with torch.no_grad(), evaluating(model):
         for input_ids in sample:
-            bank = model.new_memory()
-            for window in windows(len(input_ids) - 1, length, length):
-                before_segment()
-                segment = input_ids[window.start : window.end].unsqueeze(0).to(model.device)
-                targets = input_ids[window.start + 1 : window.end + 1].to(model.device)
-                states = model.encode(segment)
-                for number, logits in enumerate(
-                    (
-                        model.read(states, memory=bank),
-                        model.read(states, memory=None),
-                        model.backbone_logits(states),
-                    )
-                ):
-                    losses[number] += functional.cross_entropy(
-                        logits[0].float(), targets, reduction="sum"
-                    ).item()
-                tokens += len(targets)
-                bank.write(states.keys, states.values)
-    memory_on, memory_off, backbone = (_exp(loss / max(tokens, 1)) for loss in losses.tolist())
+            losses, _ = model_losses(
+                model,
+                input_ids,
+                memories={"memory": model.new_memory(overlap=length - stride)},
+                segment_length=length,
+                stride=stride,
+                advance=lambda tokens: after_segment(),
+            )
+            for name in names:
+                sums[name] += float(losses[name].double().sum())
+    tokens = sum(len(input_ids) - 1 for input_ids in sample)
+    memory_on, memory_off, backbone = (_exp(sums[name] / max(tokens, 1)) for name in names)
     return Perplexities(
         memory_on=memory_on, memory_off=memory_off, backbone=backbone, tokens=tokens
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memlayer.data import IGNORED, Document, StreamBatches, TokenDocument, tokenize_documents
-from memlayer.errors import TrainingError
+from memlayer.errors import ConfigError, TrainingError
 from memlayer.training import checkpoints
 from memlayer.training.directory import check_output, describe_settings, read_run, write_run
 from memlayer.training.evaluation import (
@@ -127,6 +127,13 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self.segment_length = model.memory_config.segment_length
+        self.stride = self.segment_length if options.stride is None else options.stride
+        if self.stride < self.segment_length and model.memory_config.memory_scope != "row":
+            raise ConfigError(
+                f"stride={self.stride} below segment_length={self.segment_length} needs a memory "
+                f"for each row, got memory_scope={model.memory_config.memory_scope!r}; leave "
+                "stride out, or set memory_scope to 'row'"
+            )
         self.steps = options.total_steps(self.segment_length)
         self._progress = progress
         self._resume = resume
@@ -137,6 +144,7 @@ class Trainer:
             documents,
             rows=options.batch_size,
             segment_length=self.segment_length,
+            stride=self.stride,
             seed=options.seed,
             repeat=True,
         )
@@ -173,10 +181,11 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             groups, betas=(options.beta1, options.beta2), eps=options.epsilon
         )
+        self._memory = model.new_memory(overlap=self.segment_length - self.stride)
         self._state = TrainingState(
             parameters=parameters,
             optimizer=self._optimizer,
-            memory=model.memory,
+            memory=self._memory,
             processes=self._processes,
         )
 
@@ -186,6 +195,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.options.seed + self._processes.index)
             self.model.memory.clear()
+            own, self.model.memory = self.model.memory, self._memory
             self._processes.wait()  # every process has looked at the directory by now
             self.output.mkdir(parents=True, exist_ok=True)
             if self._resume:
@@ -203,7 +213,7 @@ class Trainer:
             finally:
                 log.close()
                 trackers.close()
-                self.model.memory.clear()
+                self.model.memory = own
         return self._finish(log)
 
     # ---------------------------------------------------------------- steps
@@ -265,7 +275,7 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        tokens = sum(int(batch.fresh.sum()) for batch in batches)
         seconds = time.perf_counter() - began
         self.step, self.tokens, self.seconds = step, self.tokens + tokens, self.seconds + seconds
         return {
@@ -290,7 +300,7 @@ class Trainer:
             logits = self._forward(
                 batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
-                update_memory=True,
+                update_memory=batch.fresh.to(device),
             ).logits
         # Over all target tokens of the step: the mean of the batches' means would give tokens of
         # a batch with much padding more weight.
@@ -343,7 +353,9 @@ class Trainer:
         alone = self._processes.count == 1
         check = interrupts.check if alone else lambda: None
         with self._processes.accelerator.autocast():
-            found = measure_perplexities(self.model, self._sample, before_segment=check)
+            found = measure_perplexities(
+                self.model, self._sample, stride=self.stride, after_segment=check
+            )
         if not all(math.isfinite(value) for value in (found.memory_on, found.memory_off)):
             raise self._diverged(self.step, "validation perplexity", found.memory_on)
         log.write(

@@ -51,6 +51,12 @@ class TrainingOptions:
     gradient_accumulation: int = 1
     """Segments that each stream reads per step. The loss is the mean over all of their tokens."""
 
+    stride: int | None = None
+    """Tokens between the starts of two segments of a document. Below ``segment_length`` segments
+    overlap: each token is trained on once, and has at least the tokens of the overlap before it, as
+    when a model generates. None: ``segment_length``, segments that share nothing, as the paper's.
+    """
+
     learning_rate: float = 2e-4
     """Peak learning rate of the side network's weights."""
 
@@ -116,7 +122,7 @@ class TrainingOptions:
         self._check_length()
         for name in ("batch_size", "gradient_accumulation", "eval_documents", "keep_checkpoints"):
             _check_count(name, getattr(self, name), 1)
-        for name in ("eval_every", "save_every"):
+        for name in ("stride", "eval_every", "save_every"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 1)
         _check_count("eval_tokens", self.eval_tokens, 2)
@@ -166,8 +172,9 @@ class TrainingOptions:
                 _check_count(name, getattr(self, name), 1)
 
     def tokens_per_step(self, segment_length: int) -> int:
-        """Give the tokens that one optimiser step reads."""
-        return self.batch_size * self.gradient_accumulation * segment_length
+        """Give the tokens that one optimiser step trains on, but for documents' beginnings."""
+        new = segment_length if self.stride is None else self.stride
+        return self.batch_size * self.gradient_accumulation * new
 
     def total_steps(self, segment_length: int) -> int:
         """Give the number of optimiser steps."""

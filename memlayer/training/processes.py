@@ -105,6 +105,7 @@ class Processes:
             input_ids=batch.input_ids[mine],
             targets=batch.targets[mine],
             attention_mask=batch.attention_mask[mine],
+            fresh=batch.fresh[mine],
             ends=batch.ends[mine],
         )
 

@@ -70,6 +70,7 @@ def test_settings_reach_the_model_and_the_training(train, tmp_path):
             *("--memory-layer", "1", "--memory-layer", "3", "--chunk-size", "2"),
             *("--side-init", "backbone", "--learning-rate", "0.001", "--seed", "5"),
             *("--gate-learning-rate", "0.1", "--gradient-accumulation", "2", "--batch-size", "2"),
+            *("--stride", "12"),
             *("--dtype", "bf16", "--device", "cpu", "--eval-every", "2", "--save-every", "2"),
         )
         == 0
@@ -82,6 +83,7 @@ def test_settings_reach_the_model_and_the_training(train, tmp_path):
         steps=3,
         batch_size=2,
         gradient_accumulation=2,
+        stride=12,
         learning_rate=0.001,
         gate_learning_rate=0.1,
         dtype="bf16",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from memlayer.data import IGNORED, Batch, StreamBatches, TokenDocument
+from memlayer.data.windows import windows
 from memlayer.errors import ConfigError, DataError
 
 LENGTHS = [37, 5, 12, 2, 16, 17, 9, 33, 8]
@@ -39,6 +40,38 @@ def read_back(batches: list[Batch], row: int) -> list[list[int]]:
 
 def same(left: Batch, right: Batch) -> bool:
     return all(torch.equal(vars(left)[name], vars(right)[name]) for name in vars(left))
+
+
+@pytest.mark.parametrize("stride", [8, 7, 3, 1])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_segments_are_the_windows_of_each_document(rows: int, stride: int) -> None:
+    seen: list[list[tuple[list[int], list[int], list[int]]]] = []
+    batches = list(make_stream(rows=rows, stride=stride))
+    for row in range(rows):
+        seen.append([])
+        for batch in batches:
+            real = batch.attention_mask[row].bool()
+            if not real.any():
+                continue
+            ids, targets, fresh = (
+                part[row] for part in (batch.input_ids, batch.targets, batch.fresh)
+            )
+            scored = targets != IGNORED
+            assert torch.equal(targets[scored], ids[scored] + 1)
+            seen[-1].append((ids[real].tolist(), ids[scored].tolist(), ids[fresh.bool()].tolist()))
+            if batch.ends[row]:
+                seen.append([])
+    expected = []
+    for document in make_documents(LENGTHS):
+        ids = document.input_ids.tolist()
+        expected.append([])
+        last = len(ids) - 1
+        for window in windows(last, 8, stride):
+            # The document's last token is read where there is room, though it predicts nothing.
+            read = ids[window.start : window.start + 8]
+            scored = ids[window.score_from : window.end]
+            expected[-1].append((read, scored, read[window.score_from - window.start :]))
+    assert sorted(document for document in seen if document) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 20])
@@ -82,7 +115,7 @@ def test_no_segment_is_without_targets(length: int) -> None:
 
 def test_a_batch_has_its_documented_shapes_and_dtypes() -> None:
     batch = next(make_stream())
-    for tensor in (batch.input_ids, batch.targets, batch.attention_mask):
+    for tensor in (batch.input_ids, batch.targets, batch.attention_mask, batch.fresh):
         assert tensor.shape == (3, 8)
         assert tensor.dtype == torch.int64
     assert batch.ends.shape == (3,)
@@ -131,14 +164,15 @@ def test_after_the_end_the_same_batches_come_again() -> None:
     assert all(map(same, first, second))
 
 
+@pytest.mark.parametrize("stride", [8, 5])
 @pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("done", [0, 1, 5, 6])
-def test_a_saved_stream_goes_on_with_the_same_batches(done: int, repeat: bool) -> None:
-    stream = make_stream(repeat=repeat)
+def test_a_saved_stream_goes_on_with_the_same_batches(done: int, repeat: bool, stride: int) -> None:
+    stream = make_stream(repeat=repeat, stride=stride)
     for _ in range(done):
         next(stream)
     state = json.loads(json.dumps(stream.state_dict()))
-    resumed = make_stream(repeat=repeat)
+    resumed = make_stream(repeat=repeat, stride=stride)
     resumed.load_state_dict(state)
     expected = list(itertools.islice(stream, 40))
     following = list(itertools.islice(resumed, 40))
@@ -152,6 +186,7 @@ def test_a_saved_stream_goes_on_with_the_same_batches(done: int, repeat: bool) -
     [
         ("rows", make_stream(rows=2)),
         ("segment_length", make_stream(segment_length=4)),
+        ("stride", make_stream(stride=5)),
         ("seed", make_stream(seed=5)),
         ("documents", make_stream([*LENGTHS, 8])),
     ],
@@ -161,8 +196,26 @@ def test_a_saved_stream_refuses_other_settings(name: str, stream: StreamBatches)
         stream.load_state_dict(make_stream().state_dict())
 
 
-def test_total_segments_counts_what_an_epoch_gives() -> None:
+def test_a_stream_saved_before_there_was_a_stride_goes_on() -> None:
     stream = make_stream()
+    next(stream)
+    state = stream.state_dict()
+    del state["settings"]["stride"]
+    resumed = make_stream()
+    resumed.load_state_dict(state)
+    assert same(next(resumed), next(stream))
+
+
+@pytest.mark.parametrize("stride", [0, -1, 9])
+def test_a_stride_beyond_the_segment_is_refused(stride: int) -> None:
+    message = f"stride must be within 1 and segment_length=8, got {stride}"
+    with pytest.raises(ConfigError, match=message):
+        make_stream(stride=stride)
+
+
+@pytest.mark.parametrize("stride", [8, 5, 1])
+def test_total_segments_counts_what_an_epoch_gives(stride: int) -> None:
+    stream = make_stream(stride=stride)
     given = sum(int(batch.attention_mask.any(dim=1).sum()) for batch in stream)
     assert given == stream.total_segments
 

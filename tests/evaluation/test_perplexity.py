@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from memlayer.data import TokenDocument
+from memlayer.data.windows import windows
 from memlayer.errors import ConfigError, DataError, ShapeError
 from memlayer.evaluation import PerplexityOptions, PerplexityResult, evaluate_perplexity
 from memlayer.evaluation.results import recovery
-from memlayer.evaluation.windows import windows
 from memlayer.model import LongMemModel
 
 MakeDocument = Callable[..., TokenDocument]

@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from memlayer.data import TokenDocument
+from memlayer.data.windows import windows
 from memlayer.evaluation.scoring import FOREIGN, Foreign, backbone_losses, model_losses
-from memlayer.evaluation.windows import windows
 from memlayer.memory import MemoryBank
 from memlayer.model import LongMemModel
 
@@ -50,7 +50,8 @@ def token_by_token(backbone: PreTrainedModel, ids: Tensor, length: int, stride: 
 def score(
     model: LongMemModel, ids: Tensor, stride: int, sizes: tuple[int, ...] = (256,)
 ) -> dict[str, Tensor]:
-    memories = {f"memory_{size}": model.new_memory(size) for size in sizes}
+    overlap = LENGTH - stride
+    memories = {f"memory_{size}": model.new_memory(size, overlap=overlap) for size in sizes}
     losses, _ = model_losses(
         model, ids, memories=memories, segment_length=LENGTH, stride=stride, advance=ignore
     )
@@ -145,8 +146,8 @@ def test_a_foreign_memory_holds_as_much_of_another_document(
         losses, _ = model_losses(
             model,
             ids,
-            memories={"memory_256": model.new_memory()},
-            foreign=Foreign(foreign, model.new_memory()),
+            memories={"memory_256": model.new_memory(overlap=LENGTH - stride)},
+            foreign=Foreign(foreign, model.new_memory(overlap=LENGTH - stride)),
             segment_length=LENGTH,
             stride=stride,
             advance=ignore,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlayer.errors import ShapeError
+from memlayer.errors import ConfigError, ShapeError
 from memlayer.memory import MemoryBank
 from memlayer.plugins import default_plugins
 
@@ -56,9 +56,9 @@ def test_a_bank_on_the_gpu_takes_tensors_of_the_gpu_whatever_its_name():
 class PlainBank:
     """What the bank must mean, for one layer."""
 
-    def __init__(self, rows, capacity, chunk_size):
+    def __init__(self, rows, capacity, chunk_size, overlap=0):
         self.tokens = [[] for _ in range(rows)]
-        self.capacity, self.chunk_size = capacity, chunk_size
+        self.capacity, self.chunk_size, self.overlap = capacity, chunk_size, overlap
 
     def write(self, keys, values, mask=None):
         for row, kept in enumerate(self.tokens):
@@ -72,7 +72,7 @@ class PlainBank:
 
     def retrieve(self, row, head, query, chunks):
         """Give (chunk number, score, keys, values) of the best chunks, best first."""
-        whole = len(self.tokens[row]) // self.chunk_size
+        whole = max(0, len(self.tokens[row]) - self.overlap) // self.chunk_size
         first = max(0, whole - self.capacity // self.chunk_size)
         found = []
         for number in range(first, whole):
@@ -114,8 +114,9 @@ def assert_same_answers(bank, plain, queries):
     ("backend", "storage"), [("torch", "device"), ("torch", "host"), ("faiss", "device")]
 )
 @pytest.mark.parametrize("chunk_size", [1, 3, 4])
+@pytest.mark.parametrize("overlap", [0, 1, 10])
 def test_retrieve_agrees_with_a_plain_bank_through_writes_evictions_and_clears(
-    chunk_size, backend, storage
+    chunk_size, backend, storage, overlap
 ):
     bank = make_bank(
         backend=backend,
@@ -123,8 +124,9 @@ def test_retrieve_agrees_with_a_plain_bank_through_writes_evictions_and_clears(
         chunk_size=chunk_size,
         top_k=3 * chunk_size,
         storage=storage,
+        overlap=overlap,
     )
-    plain = PlainBank(3, bank.capacity, chunk_size)
+    plain = PlainBank(3, bank.capacity, chunk_size, overlap)
     for step, tokens in enumerate([1, 7, 16, 5, 40, 2, 33, 9]):
         keys, values = draw(3, tokens, 10 * step), draw(3, tokens, 10 * step + 1)
         mask = draw_mask(3, tokens, step) if step % 2 else None
@@ -133,6 +135,10 @@ def test_retrieve_agrees_with_a_plain_bank_through_writes_evictions_and_clears(
         if step == 4:
             bank.clear(rows=[1])
             plain.clear([1])
+        left = [max(0, len(tokens) - overlap) for tokens in plain.tokens]
+        held = [min(n // chunk_size * chunk_size, bank.capacity) + n % chunk_size for n in left]
+        assert bank.lengths.tolist() == [min(n, bank.capacity) for n in held]
+        assert [bank.tokens_written(row) for row in range(3)] == list(map(len, plain.tokens))
         # Two query heads a key/value head.
         assert_same_answers(bank, plain, draw(3, 3, 100 + step, heads=2 * HEADS))
 
@@ -148,12 +154,13 @@ def test_a_key_retrieves_its_own_value_after_eviction(writes):
     assert len(bank) == min(30 * writes, 100)
 
 
-def test_the_bank_does_not_depend_on_how_the_stream_was_cut():
+@pytest.mark.parametrize("overlap", [0, 7])
+def test_the_bank_does_not_depend_on_how_the_stream_was_cut(overlap):
     keys, values = draw(2, 61, 0), draw(2, 61, 1)
     queries = draw(2, 5, 2)
-    whole = make_bank()
+    whole = make_bank(overlap=overlap)
     whole.write(keys, values)
-    pieces = make_bank()
+    pieces = make_bank(overlap=overlap)
     for part in (slice(0, 1), slice(1, 14), slice(14, 15), slice(15, 57), slice(57, 61)):
         pieces.write(keys[:, :, part], values[:, :, part])
     for mine, expected in zip(
@@ -244,6 +251,11 @@ def test_a_shared_bank_holds_the_tokens_of_all_rows():
     assert shared.rows == 1
     for row in range(3):
         assert torch.equal(got[row], joined.retrieve(queries[row : row + 1]).gather()[1][0])
+
+
+def test_rows_that_share_a_bank_cannot_overlap():
+    with pytest.raises(ConfigError, match="overlap=8 needs a memory for each row, got one that"):
+        make_bank(shared=True, overlap=8)
 
 
 def test_expanded_rows_read_the_memory_of_their_own_row():

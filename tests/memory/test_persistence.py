@@ -31,11 +31,13 @@ def reload(bank, directory, make, **settings):
 
 
 @pytest.mark.parametrize("indexes", ["rebuild", "save"])
-@pytest.mark.parametrize("backend", ["torch", "faiss", "hnswlib"])
+@pytest.mark.parametrize(
+    ("backend", "overlap"), [("torch", 0), ("torch", 5), ("faiss", 0), ("hnswlib", 0)]
+)
 def test_a_loaded_bank_answers_and_goes_on_as_the_saved_one(
-    tmp_path, make_numbered_bank, feed, assert_alike, backend, indexes
+    tmp_path, make_numbered_bank, feed, assert_alike, backend, overlap, indexes
 ):
-    settings = {"backend": backend, "capacity": 48, "num_layers": 2}
+    settings = {"backend": backend, "capacity": 48, "num_layers": 2, "overlap": overlap}
     bank = make_numbered_bank(**settings)
     end = 0
     for step, tokens in enumerate([0, 3, 30, 1, 90, 2]):
@@ -283,6 +285,7 @@ def test_a_save_removes_what_a_killed_writer_left_and_nothing_else(
         ({"dtype": torch.bfloat16}, "dtype='float32', this model needs 'bfloat16'"),
         ({"num_layers": 2}, "num_layers=1, this model needs 2"),
         ({"shared": True}, "shared=False, this model needs True"),
+        ({"overlap": 3}, "overlap=0, this model needs 3"),
     ],
 )
 def test_a_bank_of_other_settings_is_refused(tmp_path, make_numbered_bank, feed, settings, message):

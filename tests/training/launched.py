@@ -38,6 +38,7 @@ def main(settings: argparse.Namespace) -> None:
         steps=STEPS,
         batch_size=settings.rows,
         gradient_accumulation=2,
+        stride=settings.stride,
         learning_rate=1e-3,
         gate_learning_rate=1e-2,
         eval_every=25,
@@ -81,5 +82,6 @@ if __name__ == "__main__":
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--side-rank", type=int)
+    parser.add_argument("--stride", type=int)
     parser.add_argument("--report-to", action="append", default=[])
     main(parser.parse_args())

@@ -77,13 +77,17 @@ def assert_same_run(one: Path, other: Path) -> None:
         torch.testing.assert_close(others[name], value, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss", "hnswlib"])
+@pytest.mark.parametrize(
+    ("backend", "stride"), [("torch", None), ("torch", 10), ("faiss", None), ("hnswlib", None)]
+)
 @pytest.mark.parametrize("steps_done", [4, 7])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
-    backend, steps_done, make_model, tokenizer, documents, make_options, tmp_path
+    backend, stride, steps_done, make_model, tokenizer, documents, make_options, tmp_path
 ):
     # GPT-2 has dropout; the memory of 32 tokens overflows; documents end at different steps.
-    options = make_options(steps=9, gradient_accumulation=2, save_every=3, eval_every=2)
+    options = make_options(
+        steps=9, gradient_accumulation=2, stride=stride, save_every=3, eval_every=2
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = {"memory_size": 32, "backend": backend}
     arguments = (tokenizer, documents, documents[:2], options)
@@ -195,6 +199,7 @@ def stopped_run(make_model, tokenizer, documents, make_options, tmp_path):
     [
         ({"steps": 7}, {}, "steps was 6 when this run began, got 7"),
         ({"learning_rate": 0.5}, {}, "learning_rate was 0.01 when this run began, got 0.5"),
+        ({"stride": 8}, {}, "stride was None when this run began, got 8"),
         ({"seed": 1}, {}, "seed was 0 when this run began, got 1"),
         ({}, {"top_k": 16}, "top_k was 8 when this run began, got 16"),
         ({}, {"backend": "faiss"}, "backend was 'torch' when this run began, got 'faiss'"),

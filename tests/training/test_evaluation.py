@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from memlayer.data import Document, tokenize_documents
+from memlayer.data import Document, TokenDocument, tokenize_documents
+from memlayer.evaluation import PerplexityOptions, evaluate_perplexity
 from memlayer.training.evaluation import measure_perplexities, validation_sample
 
 
@@ -63,6 +64,28 @@ def test_the_perplexities_are_those_of_plain_forwards(make_model, token_document
     assert found.memory_on != pytest.approx(found.memory_off, rel=1e-4)
 
 
+def test_with_a_stride_it_measures_as_the_evaluation_of_a_checkpoint_does(
+    make_model, token_documents
+):
+    model = make_model("llama", side_init="backbone")
+    sample = validation_sample(token_documents, tokens=60, count=2)
+    found = measure_perplexities(model, sample, stride=6)
+    documents = [
+        TokenDocument(str(number), input_ids, len(input_ids), len(input_ids))
+        for number, input_ids in enumerate(sample)
+    ]
+    expected = evaluate_perplexity(model, documents, PerplexityOptions(stride=6, fresh=False))
+    for name, condition in (
+        ("memory_on", "memory_64"),
+        ("memory_off", "no_memory"),
+        ("backbone", "backbone"),
+    ):
+        assert getattr(found, name) == pytest.approx(
+            expected.overall.conditions[condition].perplexity, rel=1e-5
+        )
+    assert found.memory_on != pytest.approx(measure_perplexities(model, sample).memory_on, rel=1e-4)
+
+
 def test_measuring_leaves_memory_and_mode_as_they_were(make_model, token_documents):
     model = make_model().train()
     model.memorize(token_documents[1].input_ids.unsqueeze(0))
@@ -80,6 +103,6 @@ def test_measuring_can_be_stopped_between_segments(make_model, token_documents):
     model = make_model().train()
     with pytest.raises(KeyboardInterrupt):
         measure_perplexities(
-            model, validation_sample(token_documents, tokens=20, count=1), before_segment=stop
+            model, validation_sample(token_documents, tokens=20, count=1), after_segment=stop
         )
     assert model.training

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 import memlayer
-from memlayer.data import Document, StreamBatches, tokenize_documents
+from memlayer.data import IGNORED, Document, StreamBatches, tokenize_documents
 from memlayer.errors import ConfigError, DataError, TrainingError
+from memlayer.evaluation.scoring import model_losses
 from memlayer.training import Trainer, read_log, train
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -65,6 +66,61 @@ def test_the_logged_loss_is_the_mean_over_all_target_tokens_of_the_step(
             model.memory.clear(batch.ends.nonzero().flatten().tolist())
         expected.append(total / tokens)
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [16, 11, 4])
+def test_overlapping_segments_train_on_the_losses_that_evaluation_gives(
+    make_model, tokenizer, documents, make_options, tmp_path, stride
+):
+    # Rows whose documents end at different steps, and others that begin meanwhile.
+    options = make_options(
+        steps=12, stride=stride, learning_rate=1e-12, gate_learning_rate=1e-12, seed=1
+    )
+    train(make_model("llama"), tokenizer, documents, [], options, output=tmp_path / "run")
+    model = make_model("llama")
+    tokenized = tokenize_documents(documents, tokenizer)
+    expected_of = {}
+    for document in tokenized:
+        with torch.inference_mode():
+            found, _ = model_losses(
+                model,
+                document.input_ids,
+                memories={"memory": model.new_memory(overlap=16 - stride)},
+                segment_length=16,
+                stride=stride,
+                advance=lambda tokens: None,
+            )
+        expected_of[document.id] = found["memory"]
+    batches = StreamBatches(
+        tokenized, rows=2, segment_length=16, stride=stride, seed=1, repeat=True
+    )
+    expected = []
+    for _ in range(12):
+        batches._fill_free_rows()
+        places = list(zip(batches._current, batches._offsets, strict=True))
+        batch = next(batches)
+        parts = [
+            expected_of[tokenized[number].id][start + (targets != IGNORED).nonzero().flatten()]
+            for (number, start), targets in zip(places, batch.targets, strict=True)
+        ]
+        expected.append(float(torch.cat(parts).mean()))
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+
+
+def test_overlap_needs_a_memory_for_each_row_and_a_stride_within_the_segment(
+    make_model, tokenizer, documents, make_options, tmp_path
+):
+    with pytest.raises(ConfigError, match="stride=8 below segment_length=16 needs a memory for ea"):
+        train(
+            make_model(memory_scope="batch"),
+            tokenizer,
+            documents,
+            [],
+            make_options(stride=8),
+            output=tmp_path,
+        )
+    with pytest.raises(ConfigError, match="stride must be within 1 and segment_length=16, got 17"):
+        train(make_model(), tokenizer, documents, [], make_options(stride=17), output=tmp_path)
 
 
 def test_accumulated_gradients_are_those_of_one_mean_over_all_tokens(

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer.evaluation.windows import count_windows, places_in_window, windows
+from memlayer.data.windows import count_windows, places_in_window, windows
 
 
 @st.composite
