@@ -1,6 +1,6 @@
 """The training loop.
 
-    Trainer.run ── per step: learning rates ─► segments ─► loss, backward ─► clip ─► AdamW ─► log
+    Trainer.run ── step after step, see step.py ─► log
                 └─ now and then: evaluate, write a checkpoint; at the end: save the side network
 
 Everything that a step depends on is in a checkpoint (weights, AdamW's moments, random generators,
@@ -12,17 +12,17 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from memlayer.data import IGNORED, Document, StreamBatches, TokenDocument, tokenize_documents
-from memlayer.errors import ConfigError, TrainingError
+from memlayer.data import Document, StreamBatches, TokenDocument, tokenize_documents
+from memlayer.errors import ConfigError
 from memlayer.training import checkpoints
 from memlayer.training.directory import check_output, describe_settings, read_run, write_run
 from memlayer.training.evaluation import (
@@ -37,14 +37,13 @@ from memlayer.training.plot import plot_curves, plotting_problem
 from memlayer.training.processes import Processes
 from memlayer.training.progress import TrainingProgress
 from memlayer.training.results import TrainingResult
-from memlayer.training.schedule import learning_rate_factor
 from memlayer.training.state import TrainingState
+from memlayer.training.step import Stepper, diverged
 from memlayer.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from memlayer.data import Batch
     from memlayer.model import LongMemModel
     from memlayer.training.options import TrainingOptions
 
@@ -166,25 +165,25 @@ class Trainer:
             model.gradient_checkpointing_enable()
         if options.compile:
             model.compile()
-        self._forward = self._processes.prepare(model)
+        forward = self._processes.prepare(model)
         parameters = {
             name: parameter
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
-        groups = model.parameter_groups(
-            learning_rate=options.learning_rate,
-            gate_learning_rate=options.gate_learning_rate,
-            weight_decay=options.weight_decay,
-        )
-        self._peaks = [group["lr"] for group in groups]
-        self._optimizer = torch.optim.AdamW(
-            groups, betas=(options.beta1, options.beta2), eps=options.epsilon
+        self._stepper = Stepper(
+            model,
+            forward,
+            self._batches,
+            self._processes,
+            options,
+            steps=self.steps,
+            output=self.output,
         )
         self._memory = model.new_memory(overlap=self.segment_length - self.stride)
         self._state = TrainingState(
             parameters=parameters,
-            optimizer=self._optimizer,
+            optimizer=self._stepper.optimizer,
             memory=self._memory,
             processes=self._processes,
         )
@@ -192,10 +191,11 @@ class Trainer:
     def run(self) -> TrainingResult:
         """Train to the end, or until Ctrl-C."""
         device = self.model.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            self._remembering_streams(),
+        ):
             torch.manual_seed(self.options.seed + self._processes.index)
-            self.model.memory.clear()
-            own, self.model.memory = self.model.memory, self._memory
             self._processes.wait()  # every process has looked at the directory by now
             self.output.mkdir(parents=True, exist_ok=True)
             if self._resume:
@@ -213,8 +213,18 @@ class Trainer:
             finally:
                 log.close()
                 trackers.close()
-                self.model.memory = own
         return self._finish(log)
+
+    @contextmanager
+    def _remembering_streams(self) -> Iterator[None]:
+        """Let the model have the streams' memory inside the block, and its own, empty, after it."""
+        own = self.model.memory
+        own.clear()
+        self.model.memory = self._memory
+        try:
+            yield
+        finally:
+            self.model.memory = own
 
     # ---------------------------------------------------------------- steps
 
@@ -250,90 +260,11 @@ class Trainer:
         self.model.eval()
 
     def _train_step(self) -> dict[str, Any]:
-        began = time.perf_counter()
-        step = self.step + 1
-        factor = learning_rate_factor(step, steps=self.steps, warmup=self.options.warmup)
-        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * factor
-        batches = [next(self._batches) for _ in range(self.options.gradient_accumulation)]
-        targets = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
-        # Each stream's memory at its longest: what this step had to read.
-        held = len(self.model.memory)
-        parts = [
-            self._accumulate_gradient(
-                self._processes.share(batch), targets, last=number == len(batches)
-            )
-            for number, batch in enumerate(batches, start=1)
-        ]
-        gathered = self._processes.gather(float(torch.stack(parts).sum()), held)
-        loss = math.fsum(part for part, _ in gathered)
-        if not math.isfinite(loss):
-            raise self._diverged(step, "loss", loss)
-        norm = self._processes.clip(self._optimizer.param_groups, self.options.max_gradient_norm)
-        if not math.isfinite(norm):
-            raise self._diverged(step, "gradient norm", norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-
-        tokens = sum(int(batch.fresh.sum()) for batch in batches)
-        seconds = time.perf_counter() - began
-        self.step, self.tokens, self.seconds = step, self.tokens + tokens, self.seconds + seconds
-        return {
-            "kind": "step",
-            "step": step,
-            "tokens": self.tokens,
-            "loss": loss,
-            "learning_rate": self.options.learning_rate * factor,
-            "gate_learning_rate": self.options.gate_learning_rate * factor,
-            "gradient_norm": norm,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "memory_tokens": int(max(tokens for _, tokens in gathered)),
-            "gate_mean": self._gate_mean(),
-        }
-
-    def _accumulate_gradient(self, batch: Batch, targets: int, *, last: bool) -> Tensor:
-        """Add this process's part of a batch to the gradient; give its part of the step's loss."""
-        device = self.model.device
-        processes = self._processes
-        with processes.accumulating(last), processes.accelerator.autocast():
-            logits = self._forward(
-                batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-                update_memory=batch.fresh.to(device),
-            ).logits
-        # Over all target tokens of the step: the mean of the batches' means would give tokens of
-        # a batch with much padding more weight.
-        loss: Tensor = (
-            functional.cross_entropy(
-                logits.float().flatten(0, 1),
-                batch.targets.to(device).flatten(),
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
-            / targets
-        )
-        with processes.accumulating(last):
-            # Gradients are averaged over processes, and the loss is a sum over them.
-            (loss * processes.count).backward()
-        # After the backward pass, which reads the memory once more. A memory that all rows share
-        # has no row to clear: it goes on over the ends of documents.
-        if not self.model.memory.shared:
-            self.model.memory.clear(batch.ends.nonzero().flatten().tolist())
-        return loss.detach()
-
-    def _gate_mean(self) -> float:
-        gates = [torch.sigmoid(gate.detach()).flatten() for gate in self.model.side_network.gates]
-        return float(torch.cat(gates).mean())
-
-    def _diverged(self, step: int, what: str, value: float) -> TrainingError:
-        path, _ = checkpoints.newest_checkpoint(self.output)
-        kept = f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"
-        return TrainingError(
-            f"the {what} is {value} at step {step}; {kept}; train into another directory with "
-            f"lower learning rates than learning_rate={self.options.learning_rate} and "
-            f"gate_learning_rate={self.options.gate_learning_rate}"
-        )
+        done = self._stepper.take(self.step + 1)
+        self.step += 1
+        self.tokens += done.tokens
+        self.seconds += done.seconds
+        return {"kind": "step", "step": self.step, "tokens": self.tokens, **done.scores}
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -357,7 +288,9 @@ class Trainer:
                 self.model, self._sample, stride=self.stride, after_segment=check
             )
         if not all(math.isfinite(value) for value in (found.memory_on, found.memory_off)):
-            raise self._diverged(self.step, "validation perplexity", found.memory_on)
+            raise diverged(
+                self.output, self.options, self.step, "validation perplexity", found.memory_on
+            )
         log.write(
             {
                 "kind": "evaluation",
@@ -378,7 +311,7 @@ class Trainer:
     def _save(self) -> Path:
         def check(name: str, weight: Tensor) -> None:
             if not bool(weight.isfinite().all()):
-                raise self._diverged(self.step, f"weight {name}", math.nan)
+                raise diverged(self.output, self.options, self.step, f"weight {name}", math.nan)
 
         return self._state.save(
             self.output,

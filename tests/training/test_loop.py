@@ -220,7 +220,7 @@ def test_weight_decay_spares_gates_scales_norms_and_biases(
     )
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     decayed, spared = set(), set()
-    for group in trainer._optimizer.param_groups:
+    for group in trainer._stepper.optimizer.param_groups:
         target = decayed if group["weight_decay"] == 0.5 else spared
         target.update(names[id(parameter)] for parameter in group["params"])
     assert all(name.endswith("weight") and "ln_" not in name for name in decayed)
