@@ -10,6 +10,7 @@ import peft
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from memlayer.data import IGNORED, StreamBatches
 from memlayer.training.schedule import learning_rate_factor
@@ -31,9 +32,9 @@ def lora_model(backbone: PreTrainedModel, weights: int, seed: int = 0) -> peft.P
     """
     head = backbone.get_output_embeddings()
     per_rank = sum(
-        module.in_features + module.out_features
+        sum(module.weight.shape)
         for module in backbone.modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head  # Conv1D: GPT-2's
     )
     rank = max(1, round(weights / per_rank))
     torch.manual_seed(seed)
