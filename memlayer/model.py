@@ -49,7 +49,7 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
 
     Made by `wrap` or `load`. Whatever this class does not define is the backbone's (``config``,
     ``dtype``, ``get_input_embeddings``, ...). Memory changes only in `memorize`, in a forward with
-    ``update_memory=True`` and by its own methods. One forward at a time may run on one backbone.
+    ``update_memory`` and by its own methods. One forward at a time may run on one backbone.
 
     Attributes:
         backbone: the Hugging Face model: frozen, in eval mode, otherwise as it was.
@@ -196,10 +196,13 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
         Args:
             states: what `encode` gave.
             memory: to append to.
-            mask: ``(B, T)``, 0 for tokens to leave out; padding if None.
+            mask: ``(B, T)``, 0 for tokens to leave out. Padding is left out anyway.
         """
         bank = self.memory if memory is None else memory
-        bank.write(states.keys, states.values, states.attention_mask if mask is None else mask)
+        kept = states.attention_mask
+        if mask is not None:
+            kept = mask if kept is None else mask.bool() & kept.bool()
+        bank.write(states.keys, states.values, kept)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return logits_of(self.backbone, self.parts, hidden)
@@ -233,8 +236,8 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
             use_cache: return a cache; as the backbone's config says if None and not training.
             logits_to_keep: how many last positions to give logits for (0: all), or which.
             update_memory: after reading, append this segment to memory, or those of its tokens
-                that a mask ``(B, T)`` has 1 for. A backward pass may still follow, but before the
-                next update.
+                that a mask ``(B, T)`` has 1 for; padding never. A backward pass may still follow,
+                but before the next update.
             return_dict: False for a tuple.
             kwargs: passed to the backbone while the adapter is disabled; else refused.
 

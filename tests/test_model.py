@@ -219,6 +219,21 @@ def test_a_segment_never_retrieves_itself(backbone, make_tokens):
 
 
 @torch.no_grad()
+def test_a_mask_says_what_is_remembered_and_padding_never_is(llama, make_tokens):
+    model = wrap(llama)
+    ids = make_tokens(2, 20)
+    wanted, padding = torch.zeros_like(ids), torch.ones_like(ids)
+    wanted[:, 8:] = 1
+    padding[0, 15:] = 0
+    model(ids, attention_mask=padding, update_memory=wanted)
+    assert model.memory.lengths.tolist() == [7, 12]
+    model(ids, attention_mask=padding, update_memory=torch.zeros_like(ids))
+    assert model.memory.lengths.tolist() == [7, 12]
+    with model.disable_adapter(), pytest.raises(ConfigError, match="update_memory=True needs the"):
+        model(ids, update_memory=wanted)
+
+
+@torch.no_grad()
 def test_updating_in_a_forward_remembers_what_memorize_does(backbone, make_tokens):
     ids = make_tokens(2, 16)
     mask = torch.ones_like(ids)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memlayer.data.windows import Window, windows
+from memlayer.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +102,17 @@ def model_losses(
         Losses ``(n - 1,)``, float32, on the CPU, by condition: ``backbone``, ``no_memory``, the
         names of ``memories``, and ``foreign_memory``, ``knn_lm`` and ``knn_memory`` if they are
         asked for. And the most tokens that a memory held when it was read.
+
+    Raises:
+        ConfigError: if a memory has another overlap: it would let the window find itself.
     """
+    overlap = segment_length - stride
+    for memory in (*memories.values(), *([] if foreign is None else [foreign.memory])):
+        if memory.overlap != overlap:
+            raise ConfigError(
+                f"windows of {segment_length} tokens every {stride} need memories of "
+                f"overlap={overlap}, got {memory.overlap}; make them with new_memory(overlap=...)"
+            )
     positions = len(input_ids) - 1
     losses = {name: torch.empty(positions) for name in ("backbone", "no_memory", *memories)}
     read = dict(memories)

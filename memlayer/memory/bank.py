@@ -99,6 +99,8 @@ class MemoryBank:
                 f"storage must be one of {', '.join(get_args(MemoryStorage))}, got {storage!r:.80}"
             )
         self.storage = storage
+        if overlap < 0:
+            raise ConfigError(f"overlap must be at least 0, got {overlap}")
         if overlap and shared:
             raise ConfigError(
                 f"overlap={overlap} needs a memory for each row, got one that all rows share; "

@@ -38,7 +38,7 @@ from memlayer.training.processes import Processes
 from memlayer.training.progress import TrainingProgress
 from memlayer.training.results import TrainingResult
 from memlayer.training.state import TrainingState
-from memlayer.training.step import Stepper, diverged
+from memlayer.training.step import Stepper
 from memlayer.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Trainer:
 
     Attributes:
         step: optimiser steps done.
-        tokens: tokens read in them.
+        tokens: tokens trained on in them.
         seconds: time spent in them.
     """
 
@@ -288,9 +288,7 @@ class Trainer:
                 self.model, self._sample, stride=self.stride, after_segment=check
             )
         if not all(math.isfinite(value) for value in (found.memory_on, found.memory_off)):
-            raise diverged(
-                self.output, self.options, self.step, "validation perplexity", found.memory_on
-            )
+            raise self._stepper.diverged(self.step, "validation perplexity", found.memory_on)
         log.write(
             {
                 "kind": "evaluation",
@@ -311,7 +309,7 @@ class Trainer:
     def _save(self) -> Path:
         def check(name: str, weight: Tensor) -> None:
             if not bool(weight.isfinite().all()):
-                raise diverged(self.output, self.options, self.step, f"weight {name}", math.nan)
+                raise self._stepper.diverged(self.step, f"weight {name}", math.nan)
 
         return self._state.save(
             self.output,

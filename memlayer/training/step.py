@@ -112,10 +112,10 @@ class Stepper:
         gathered = processes.gather(float(torch.stack(parts).sum()), held)
         loss = math.fsum(part for part, _ in gathered)
         if not math.isfinite(loss):
-            raise diverged(self._output, options, step, "loss", loss)
+            raise self.diverged(step, "loss", loss)
         norm = processes.clip(self.optimizer.param_groups, options.max_gradient_norm)
         if not math.isfinite(norm):
-            raise diverged(self._output, options, step, "gradient norm", norm)
+            raise self.diverged(step, "gradient norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -170,15 +170,12 @@ class Stepper:
         gates = [torch.sigmoid(gate.detach()).flatten() for gate in self._model.side_network.gates]
         return float(torch.cat(gates).mean())
 
-
-def diverged(
-    run: Path, options: TrainingOptions, step: int, what: str, value: float
-) -> TrainingError:
-    """Say that a number of a run is none any more, and what is left."""
-    path, _ = checkpoints.newest_checkpoint(run)
-    kept = f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"
-    return TrainingError(
-        f"the {what} is {value} at step {step}; {kept}; train into another directory with "
-        f"lower learning rates than learning_rate={options.learning_rate} and "
-        f"gate_learning_rate={options.gate_learning_rate}"
-    )
+    def diverged(self, step: int, what: str, value: float) -> TrainingError:
+        """Say that a number of the run is none any more, and what is left."""
+        path, _ = checkpoints.newest_checkpoint(self._output)
+        kept = f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"
+        return TrainingError(
+            f"the {what} is {value} at step {step}; {kept}; train into another directory with "
+            f"lower learning rates than learning_rate={self._options.learning_rate} and "
+            f"gate_learning_rate={self._options.gate_learning_rate}"
+        )

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from memlayer.data import TokenDocument
 from memlayer.data.windows import windows
+from memlayer.errors import ConfigError
 from memlayer.evaluation.scoring import FOREIGN, Foreign, backbone_losses, model_losses
 from memlayer.memory import MemoryBank
 from memlayer.model import LongMemModel
@@ -237,6 +238,26 @@ def test_half_precision_logits_are_scored_in_float32(
     expected = functional.cross_entropy(logits, ids[1 : LENGTH + 1], reduction="none")
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses[:LENGTH], expected)
+
+
+@pytest.mark.parametrize("which", ["memories", "foreign"])
+def test_a_memory_in_which_a_window_would_find_itself_is_refused(
+    model: LongMemModel, make_document: MakeDocument, which: str
+) -> None:
+    ids = make_document(61).input_ids
+    banks = {name: model.new_memory(overlap=10) for name in ("memories", "foreign")}
+    banks[which] = model.new_memory()
+    message = "windows of 16 tokens every 6 need memories of overlap=10, got 0; make them with"
+    with pytest.raises(ConfigError, match=message):
+        model_losses(
+            model,
+            ids,
+            memories={"memory_256": banks["memories"]},
+            foreign=Foreign(ids, banks["foreign"]),
+            segment_length=LENGTH,
+            stride=6,
+            advance=ignore,
+        )
 
 
 def test_progress_counts_every_token_that_was_read(

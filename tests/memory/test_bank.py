@@ -253,6 +253,11 @@ def test_a_shared_bank_holds_the_tokens_of_all_rows():
         assert torch.equal(got[row], joined.retrieve(queries[row : row + 1]).gather()[1][0])
 
 
+def test_a_negative_overlap_is_refused():
+    with pytest.raises(ConfigError, match="overlap must be at least 0, got -1"):
+        make_bank(overlap=-1)
+
+
 def test_rows_that_share_a_bank_cannot_overlap():
     with pytest.raises(ConfigError, match="overlap=8 needs a memory for each row, got one that"):
         make_bank(shared=True, overlap=8)
