@@ -41,7 +41,7 @@ def plain_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> Tens
 
 FORMS: dict[str, Callable[[Tensor, Retrieved, float], Tensor]] = {
     "plain": plain_attention,
-    "blocks": memory_attention,
+    "blocks": lambda query, retrieved, scaling: memory_attention(query, retrieved, scaling)[0],
 }
 
 

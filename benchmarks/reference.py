@@ -33,11 +33,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 import memlayer
+from memlayer.config import Fusion
 from memlayer.data import Document, load_documents, tokenize_documents
 from memlayer.training import TrainingOptions, train
 
@@ -119,6 +120,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
     parser.add_argument("--memory-layers", type=int, nargs="+", default=[14, 16, 20, 22])
     parser.add_argument("--reduction", type=int, default=3)
+    parser.add_argument(
+        "--lora-memory-layers", type=int, nargs="+", help="of lora_memory; --memory-layers else"
+    )
+    parser.add_argument("--fusion", default="gate", choices=get_args(Fusion))
     parser.add_argument("--tuned-memory-layers", type=int, nargs="+", default=[14, 18, 20])
     parser.add_argument("--tuned-reduction", type=int, default=5)
     parser.add_argument("--memory-size", type=int, default=16_384)
@@ -164,6 +169,7 @@ def memory_config(arguments: argparse.Namespace) -> memlayer.LongMemConfig:
         chunk_size=arguments.chunk_size,
         memory_layers=tuple(arguments.memory_layers),
         layer_reduction_factor=arguments.reduction,
+        fusion=arguments.fusion,
         segment_length=arguments.segment_length,
     )
 
@@ -190,7 +196,8 @@ def make_condition(
         weights = trainable_weights(backbone, whole)
         return train_lora_control(arguments, options, weights, backbone, documents, output)
     if condition == "lora_memory":
-        config = low_rank_config(backbone, whole)
+        layers = arguments.lora_memory_layers or arguments.memory_layers
+        config = low_rank_config(backbone, whole, tuple(layers))
         options = replace(options, learning_rate=arguments.lora_learning_rate)
         return train_side_network(config, options, backbone, documents, output)
     if condition == "tuned":
@@ -229,10 +236,12 @@ def train_side_network(
     return {**result.to_dict(), "trainable": trainable, "gates": gates}
 
 
-def low_rank_config(backbone: Backbone, config: memlayer.LongMemConfig) -> memlayer.LongMemConfig:
+def low_rank_config(
+    backbone: Backbone, config: memlayer.LongMemConfig, memory_layers: tuple[int, ...]
+) -> memlayer.LongMemConfig:
     """Give LoRA of the whole backbone about as many weights as a side network has."""
     weights = trainable_weights(backbone, config)
-    whole = replace(config, layer_reduction_factor=1, side_rank=1)
+    whole = replace(config, layer_reduction_factor=1, side_rank=1, memory_layers=memory_layers)
     return replace(whole, side_rank=max(1, round(weights / trainable_weights(backbone, whole))))
 
 

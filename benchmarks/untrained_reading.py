@@ -1,24 +1,33 @@
-"""Show which layers of a backbone are worth reading before any training.
+"""Show which layers of a backbone are worth reading before any training, and how.
 
-    python benchmarks/untrained_reading.py --data FILE [--layers 15 20 21 24] [--gates -1.5 0]
+    python benchmarks/untrained_reading.py --data FILE [--layers 20 15,16,17,18,19,20,21]
+        [--fusions gate softmax] [--gates -2 -1]
 
-An untrained model differs from its backbone only by what it reads from memory. For each memory
-layer and gate this prints the change of the mean loss against the backbone's, in percent of a nat,
-over fresh segments of one document, for the first and the second half of each segment (the second
-has local context, so it is the honest one).
+An untrained model differs from its backbone only by what it reads from memory. For each set of
+memory layers, way of mixing and value of all gates this prints the change of perplexity against the
+backbone, over fresh segments of some documents: of all tokens, of each segment's first 64, and of
+its second half (which has local context, so it is the honest one).
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import math
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import memlayer
-from memlayer.data import Document, load_documents, tokenize_documents
+from memlayer.config import Fusion
+from memlayer.data import Document, TokenDocument, load_documents, tokenize_documents
+
+if TYPE_CHECKING:
+    from memlayer.backbones import Backbone
+
+NOTHING_YET = 2
+"""Segments of a document that are not counted: there is next to nothing to read."""
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -26,47 +35,86 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits[0].float(), targets, reduction="none")
 
 
-@torch.no_grad()
-def main() -> None:
-    """Parse, measure, print."""
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a source that memlayer reads")
     parser.add_argument("--backbone", default="smollm2-135m")
-    parser.add_argument("--document", type=int, default=0, help="which one of the source")
+    parser.add_argument("--documents", type=int, default=2, help="the first ones of the source")
     parser.add_argument("--skip-characters", type=int, default=20_000, help="title, contents")
-    parser.add_argument("--layers", type=int, nargs="+", default=[15, 20, 21, 24])
-    parser.add_argument("--gates", type=float, nargs="+", default=[-1.5, 0.0])
-    parser.add_argument("--segments", type=int, default=10)
+    parser.add_argument("--layers", nargs="+", default=["20", "15,16,17,18,19,20,21"])
+    parser.add_argument("--fusions", nargs="+", default=get_args(Fusion), choices=get_args(Fusion))
+    parser.add_argument("--gates", type=float, nargs="+", default=[-2.0, -1.0])
+    parser.add_argument("--segments", type=int, default=7, help="of each document")
     parser.add_argument("--segment-length", type=int, default=512)
-    arguments = parser.parse_args()
+    parser.add_argument("--chunk-size", type=int, default=1)
+    parser.add_argument("--top-k", type=int, default=64)
+    return parser.parse_args()
 
-    backbone = memlayer.load_backbone(arguments.backbone)
-    document = load_documents([str(Path(arguments.data))], split="all")[arguments.document]
+
+def read_documents(arguments: argparse.Namespace, backbone: Backbone) -> list[TokenDocument]:
+    """Give a stretch of each document, in tokens."""
+    characters = arguments.segments * arguments.segment_length * 8
+    documents = load_documents([arguments.data], split="all")[: arguments.documents]
+    start = arguments.skip_characters
+    cut = [Document(one.id, one.text[start : start + characters]) for one in documents]
+    return tokenize_documents(cut, backbone.tokenizer)
+
+
+@torch.no_grad()
+def changes(
+    model: memlayer.LongMemModel,
+    documents: list[TokenDocument],
+    gates: list[float],
+    arguments: argparse.Namespace,
+) -> dict[float, Tensor]:
+    """Give each token's loss less the backbone's, ``(segments, T)``, by the value of all gates."""
     length = arguments.segment_length
-    text = document.text[arguments.skip_characters :][: arguments.segments * length * 8]
-    cut = tokenize_documents([Document(document.id, text)], backbone.tokenizer)
-    ids = cut[0].input_ids
-    print(f"{arguments.backbone}, {document.id}, {arguments.segments} segments of {length}\n")
-    print("| memory layer | gate | first half | second half |\n|---|---|---|---|")
-    for layer in arguments.layers:
-        config = memlayer.LongMemConfig(
-            backend="torch", memory_layers=(layer,), segment_length=length
-        )
-        model = memlayer.wrap(backbone.model, config).eval()
-        changes: dict[float, list[Tensor]] = {gate: [] for gate in arguments.gates}
+    found: dict[float, list[Tensor]] = {gate: [] for gate in gates}
+    for document in documents:
+        model.memory.clear()
         for number in range(arguments.segments):
-            start = number * length
+            start, ids = number * length, document.input_ids
             states = model.encode(ids[start : start + length].unsqueeze(0))
             targets = ids[start + 1 : start + length + 1]
-            plain = token_losses(model.backbone_logits(states), targets)
-            for gate, kept in changes.items():
-                model.side_network.gates[0].fill_(gate)
-                kept.append(token_losses(model.read(states, model.memory), targets) - plain)
+            if number >= NOTHING_YET:
+                plain = token_losses(model.backbone_logits(states), targets)
+                for gate, kept in found.items():
+                    for weights in model.side_network.gates:
+                        weights.fill_(gate)
+                    kept.append(token_losses(model.read(states, model.memory), targets) - plain)
             model.remember(states)
-        for gate, kept in changes.items():
-            # The first segments have next to nothing to read.
-            halves = 100 * torch.stack(kept[2:]).unflatten(1, (2, -1)).mean(dim=(0, 2))
-            print(f"| {layer} | {gate} | {halves[0]:+.3f} % | {halves[1]:+.3f} % |", flush=True)
+    return {gate: torch.stack(kept) for gate, kept in found.items()}
+
+
+def percent(differences: Tensor) -> str:
+    """Turn differences of losses into a change of perplexity."""
+    return f"{100 * (math.exp(differences.mean().item()) - 1):+.1f} %"
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    arguments = parse()
+    backbone = memlayer.load_backbone(arguments.backbone)
+    documents = read_documents(arguments, backbone)
+    print("| memory layers | fusion | gates | all | first 64 | second half |\n|" + "---|" * 6)
+    for layers in arguments.layers:
+        for fusion in arguments.fusions:
+            config = memlayer.LongMemConfig(
+                backend="torch",
+                memory_layers=tuple(int(layer) for layer in layers.split(",")),
+                layer_reduction_factor=1,
+                side_rank=1,
+                fusion=fusion,
+                chunk_size=arguments.chunk_size,
+                top_k=arguments.top_k,
+                segment_length=arguments.segment_length,
+            )
+            model = memlayer.wrap(backbone.model, config).eval()
+            for gate, found in changes(model, documents, arguments.gates, arguments).items():
+                parts = found, found[:, :64], found[:, found.shape[1] // 2 :]
+                row = layers.replace(",", ", "), fusion, f"{gate:g}", *map(percent, parts)
+                print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ _BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**26}
 """Gathered keys or values at a time: about a core's cache, and enough to keep a GPU busy."""
 
 
-def memory_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> Tensor:
+def memory_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> tuple[Tensor, Tensor]:
     r"""Attend over each query's own retrieved tokens.
 
-    .. math:: M_t = \sum_i \mathrm{softmax}_i(s\, q_t \cdot \tilde k_{t,i})\, \tilde v_{t,i}
+    .. math:: M_t = \sum_i \mathrm{softmax}_i(s\, q_t \cdot \tilde k_{t,i})\, \tilde v_{t,i},
+        \qquad Z_t = \log \sum_i \exp(s\, q_t \cdot \tilde k_{t,i})
 
-    Tokens that were not found have no weight; where nothing was found the result is 0. Gradients
-    flow to the queries only: keys and values are the frozen backbone's.
+    Tokens that were not found have no weight; where nothing was found :math:`M` is 0 and :math:`Z`
+    is ``-inf``. Gradients flow to the queries only: keys and values are the frozen backbone's.
 
     Args:
         query: ``(B, H, T, D)``, any float dtype, not scaled.
@@ -38,7 +39,8 @@ def memory_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> Ten
         scaling: :math:`s`, usually ``D ** -0.5``.
 
     Returns:
-        ``(B, H, T, D)`` in the dtype of ``query``; computed in float32 or wider.
+        :math:`M`, ``(B, H, T, D)`` in the dtype of ``query``, computed in float32 or wider, and
+        :math:`Z`, ``(B, H, T)`` in float32 or wider.
 
     Raises:
         ShapeError: if ``query`` and ``retrieved`` are not of the same shape; on backward, if the
@@ -52,38 +54,42 @@ def memory_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> Ten
             f"query and retrieved must agree in (B, H, T), got {tuple(query.shape[:3])} and "
             f"{tuple(retrieved.places.shape[:3])}"
         )
-    attended: Tensor = _MemoryAttention.apply(  # type: ignore[no-untyped-call]
+    attended, log_mass = _MemoryAttention.apply(  # type: ignore[no-untyped-call]
         query.flatten(0, 2), retrieved, scaling
     )
-    return attended.view(query.shape)
+    return attended.view(query.shape), log_mass.view(query.shape[:3])
 
 
 class _MemoryAttention(torch.autograd.Function):
     """Blocked over queries; the backward pass gathers again instead of keeping what it read."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, retrieved: Retrieved, scaling: float) -> Tensor:
-        # query (N, D) with N = B * H * T; weights (N, K)
+    def forward(
+        ctx: Any, query: Tensor, retrieved: Retrieved, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        # query (N, D) with N = B * H * T; weights (N, K); log_mass (N,)
         found = retrieved.found.flatten(0, 2)
         chunk_size, _ = retrieved.chunk_shape
         precision = torch.promote_types(query.dtype, torch.float32)
         weights = query.new_empty((found.shape[0], found.shape[1] * chunk_size), dtype=precision)
         output = torch.empty_like(query)
+        log_mass = query.new_empty(found.shape[0], dtype=precision)
         gather = _Gathering(retrieved, precision)
         for block in gather.blocks():
             scores = _dot(gather.keys(block), query[block].to(precision)) * scaling
             missing = ~found[block].repeat_interleave(chunk_size, dim=1)
             scores = scores.masked_fill_(missing, -torch.inf)
+            log_mass[block] = torch.logsumexp(scores, dim=1)
             # A softmax over nothing is NaN: those queries get weight 0 everywhere.
             weights[block] = torch.softmax(scores, dim=1).nan_to_num_(nan=0.0)
             output[block] = _mix(weights[block], gather.values(block)).to(query.dtype)
         ctx.save_for_backward(weights)
         ctx.retrieved, ctx.scaling = retrieved, scaling
-        return output
+        return output, log_mass
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor, grad_log_mass: Tensor) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
         retrieved: Retrieved = ctx.retrieved
         if not retrieved.intact():
@@ -96,7 +102,8 @@ class _MemoryAttention(torch.autograd.Function):
         for block in gather.blocks():
             grad_weights = _dot(gather.values(block), grad_output[block].to(weights.dtype))
             mean = (weights[block] * grad_weights).sum(dim=1, keepdim=True)
-            grad_scores = weights[block] * (grad_weights - mean) * ctx.scaling
+            grad_scores = grad_weights - mean + grad_log_mass[block].unsqueeze(1)
+            grad_scores = weights[block] * grad_scores * ctx.scaling
             grad_query[block] = _mix(grad_scores, gather.keys(block)).to(grad_query.dtype)
         return grad_query, None, None
 
@@ -143,28 +150,55 @@ def _mix(weights: Tensor, vectors: Tensor) -> Tensor:
     return torch.bmm(weights.unsqueeze(1), vectors).squeeze(1)
 
 
-def fuse(local: Tensor, memory: Tensor, gate: Tensor, found: Tensor) -> Tensor:
-    r"""Mix local and memory attention outputs with one learned gate per head.
+def memory_share(gate: Tensor, found: Tensor, advantage: Tensor | None = None) -> Tensor:
+    r"""Give the weight of memory in each head's output, from 0 to 1.
 
-    .. math:: H_h = (1 - \sigma(g_h))\, A_h + \sigma(g_h)\, M_h
+    .. math:: w_{h,t} = \sigma(g_h) \quad\text{or}\quad
+        w_{h,t} = \sigma(g_h + Z^M_{h,t} - Z^A_{h,t})
 
-    A query token that found no memory keeps its local output unchanged, whatever the gate.
+    The second form is that of one softmax over local and retrieved tokens together, with
+    :math:`g_h` added to the scores of the retrieved ones. A query token that found no memory
+    gives it no weight, whatever the gate.
 
     Args:
-        local: ``(B, H, T, D)``, any float dtype. :math:`A`, attention over the current window.
-        memory: ``(B, H, T, D)``, same dtype. :math:`M`, attention over retrieved tokens.
-        gate: ``(H,)``, float32. :math:`g` before the sigmoid; 0 weighs both sides equally.
+        gate: ``(H,)``, float32. :math:`g`; 0 weighs both sides equally, or adds nothing.
         found: ``(B, H, T)``, bool. Whether any retrieved token was valid.
+        advantage: ``(B, H, T)``, float32 or wider. :math:`Z^M - Z^A`, logarithms of what both
+            softmaxes were divided by; None for the first form.
 
     Returns:
-        ``(B, H, T, D)`` in the dtype of ``local``.
-
-    Raises:
-        ShapeError: if ``local`` and ``memory`` differ in shape.
+        ``(B, H, T)``, float32 or wider.
 
     Source:
         LongMem (arXiv:2306.07174), memory fusion. The sign of ``g`` is the one in the authors'
         code (``memory_bias``): a large ``g`` means *more memory*; the paper's formula negates it.
+        One softmax over both: Focused Transformer (arXiv:2307.03170).
+    """
+    # Sigmoid in float32: in bfloat16 it is exactly 1, with gradient 0, from g = 6.25 up.
+    precision = torch.promote_types(gate.dtype, torch.float32)
+    weighed = gate.to(precision).view(1, -1, 1)
+    if advantage is not None:
+        # Where nothing was found it is -inf, or NaN if a padding token sees nothing at all either.
+        weighed = weighed + advantage.masked_fill(~found, 0.0)
+    return torch.sigmoid(weighed) * found
+
+
+def fuse(local: Tensor, memory: Tensor, share: Tensor) -> Tensor:
+    r"""Mix local and memory attention outputs.
+
+    .. math:: H_{h,t} = (1 - w_{h,t})\, A_{h,t} + w_{h,t}\, M_{h,t}
+
+    Args:
+        local: ``(B, H, T, D)``, any float dtype. :math:`A`, attention over the current window.
+        memory: ``(B, H, T, D)``, same dtype. :math:`M`, attention over retrieved tokens.
+        share: ``(B, H, T)``. :math:`w`, as `memory_share` gives it; 0 keeps the local output as it
+            is.
+
+    Returns:
+        ``(B, H, T, D)`` in the dtype of ``local``; computed in float32 or wider.
+
+    Raises:
+        ShapeError: if ``local`` and ``memory`` differ in shape.
     """
     if local.shape != memory.shape:
         raise ShapeError(
@@ -172,6 +206,5 @@ def fuse(local: Tensor, memory: Tensor, gate: Tensor, found: Tensor) -> Tensor:
             f"{tuple(memory.shape)}"
         )
     precision = torch.promote_types(local.dtype, torch.float32)
-    # Sigmoid in float32: in bfloat16 it is exactly 1, with gradient 0, from g = 6.25 up.
-    weight = torch.sigmoid(gate.to(precision)).view(1, -1, 1, 1) * found.unsqueeze(-1)
+    weight = share.to(precision).unsqueeze(-1)
     return torch.lerp(local.to(precision), memory.to(precision), weight).to(local.dtype)

@@ -15,6 +15,7 @@ from memlayer.errors import ConfigError
 FORMAT_VERSION = 1
 
 SideInit = Literal["replace", "identity", "backbone"]
+Fusion = Literal["gate", "softmax"]
 MemoryScope = Literal["row", "batch"]
 MemoryStorage = Literal["device", "host"]
 ChunkKey = Literal["mean"]
@@ -79,9 +80,16 @@ class LongMemConfig:
     mixes two scales. Released LongMem checkpoints were trained so; with ``side_init="backbone"``
     only."""
 
+    fusion: Fusion = "gate"
+    """How a head mixes what it found in memory with its local attention. ``"gate"``: by one learned
+    weight, wherever it found anything; the paper's. ``"softmax"``: in one softmax over local and
+    retrieved tokens, with a learned bias on the retrieved ones' scores, so that each token takes
+    what fits it better than its window does. Needs ``attn_implementation="sdpa"``."""
+
     memory_distance: int | None = None
-    """Tokens between a query and whatever it retrieves, as its rotary embedding sees it. None:
-    neither side is rotated. Rotary backbones only."""
+    """Tokens between a query and whatever it retrieves, as its rotary embedding sees it; rotary
+    backbones only. None: with ``fusion="gate"`` neither side is rotated, with ``"softmax"``
+    whatever is retrieved stands where the window begins."""
 
     memory_scope: MemoryScope = "row"
     """``"row"``: each row of a batch reads its own memory only. ``"batch"``: all rows share one."""
@@ -110,6 +118,7 @@ class LongMemConfig:
             _at_least("memory_distance", self.memory_distance, 0)
         for name, allowed in (
             ("side_init", get_args(SideInit)),
+            ("fusion", get_args(Fusion)),
             ("memory_scope", get_args(MemoryScope)),
             ("memory_storage", get_args(MemoryStorage)),
             ("chunk_key", get_args(ChunkKey)),

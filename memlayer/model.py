@@ -33,6 +33,7 @@ from memlayer.head import logits_of
 from memlayer.ingestion import memorize_stream
 from memlayer.inputs import decoder_inputs
 from memlayer.kv_cache import with_side_layers
+from memlayer.local_attention import other_attention
 from memlayer.memory import BankReader, MemoryBank, MemoryReader
 from memlayer.memory.identity import bank_identity
 from memlayer.plugins import Plugins, default_plugins
@@ -72,6 +73,10 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
                 "memory_distance needs a backbone with rotary positions that turn as LLaMA's, got "
                 f"{backbone.config.model_type}; leave memory_distance at None"
             )
+        if config.fusion == "softmax":
+            decoder_config: Any = self.parts.decoder.config
+            if decoder_config._attn_implementation != "sdpa":
+                raise other_attention(decoder_config)
         # A wrong backend option is the user's mistake now, not at the first write.
         self._make_backend(1, self.parts.head_dim, execution_device(backbone))
         self.memory_config = config.for_depth(len(self.parts.layers))

@@ -31,12 +31,13 @@ their linear maps train (`memlayer.low_rank`).
 
 A layer that reads memory does so between its attention and the linear map behind it: one hook notes
 the queries as projected (not rotated), another fuses the concatenated heads. So eager, SDPA and
-flash attention serve alike, and no attention code is copied.
+flash attention serve alike, and no attention code is copied. With ``fusion="softmax"`` the call of
+the attention itself is looked at, which has to be SDPA's (`memlayer.local_attention`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memlayer.attention import fuse, memory_attention
+from memlayer.attention import fuse, memory_attention, memory_share
 from memlayer.capture import BackboneStates, LayerCall, first_tensor
 from memlayer.dispatch import execution_device
 from memlayer.errors import ConfigError
+from memlayer.local_attention import AttentionWatch, other_attention
 from memlayer.low_rank import add_updates
 from memlayer.rotation import rotated
 from memlayer.side_layers import (
@@ -67,6 +69,13 @@ if TYPE_CHECKING:
 GENTLE_GATE = -2.0
 """Where gates start, unless with ``side_init="backbone"``: half of the attention (the paper's 0) is
 more than an untrained layer can use."""
+
+GENTLE_BIAS = -1.0
+"""Where they start with ``fusion="softmax"``, measured in docs/results.md."""
+
+ReadingObserver = Callable[[int, Tensor, "Retrieved", Tensor], None]
+"""Called with the memory layer (from 0), its queries ``(B, H, T, D)`` as they met the retrieved
+keys, what was retrieved, and memory's share of each head's output ``(B, H, T)``."""
 
 
 class SideNetwork(nn.Module):
@@ -90,6 +99,7 @@ class SideNetwork(nn.Module):
             arguments it is called.
         readers: for each memory layer, the side layer that reads it.
         outputs: the backbone layers, rising, whose outputs `forward` needs.
+        on_reading: called with every reading, see `ReadingObserver`; or None.
         gradient_checkpointing: whether training keeps only each layer's input and runs the layer
             again in the backward pass. Memory is searched once all the same.
     """
@@ -141,7 +151,10 @@ class SideNetwork(nn.Module):
         if self.replaces:
             needed.update(sources, (source - 1 for source in sources if source))
         self.outputs = tuple(sorted(needed))
-        first_gate = 0.0 if config.side_init == "backbone" else GENTLE_GATE
+        self.one_softmax = config.fusion == "softmax"
+        first_gate = GENTLE_BIAS if self.one_softmax else GENTLE_GATE
+        if config.side_init == "backbone":
+            first_gate = 0.0
         gate = torch.full((parts.num_attention_heads,), first_gate, device=device)
         self.gates = nn.ParameterList(gate.clone() for _ in memory_layers)
         self.scales: nn.Parameter | None = None
@@ -149,6 +162,7 @@ class SideNetwork(nn.Module):
             self.scales = nn.Parameter(torch.zeros(len(sources), device=device))
         self.to(device)  # layers of a backbone on several devices are copied to one
         self.gradient_checkpointing = False
+        self.on_reading: ReadingObserver | None = None
         self.memory_distance = config.memory_distance
         self.normed_residual = config.normed_residual
 
@@ -275,6 +289,7 @@ class SideNetwork(nn.Module):
         attention = parts.attention(layer)
         projection = parts.description.query
         queries: list[Tensor] = []
+        watch = AttentionWatch() if self.one_softmax else None
 
         def keep_queries(_: nn.Module, __: Any, output: Any) -> None:
             heads = projection.heads_of(attention, first_tensor(output), parts.head_dim)
@@ -285,10 +300,13 @@ class SideNetwork(nn.Module):
             if not found:
                 found.append(memory.retrieve(query, layer=number))
             retrieved = found[0]
-            recalled = memory_attention(self.rotate(query), retrieved, self.scaling(number))
+            turned, recalled, advantage = self._attend(number, query, retrieved, watch)
             # (B, T, H * D) <-> (B, H, T, D)
             local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)
-            fused = fuse(local, recalled.to(local.dtype), gate, retrieved.found.any(dim=-1))
+            share = memory_share(gate, retrieved.found.any(dim=-1), advantage)
+            if self.on_reading is not None:
+                self.on_reading(number, turned, retrieved, share)
+            fused = fuse(local, recalled.to(local.dtype), share)
             joined = fused.transpose(1, 2).flatten(2)
             if self.scales is not None:
                 # Its own forward, without hooks; less its bias, the map is linear.
@@ -300,10 +318,28 @@ class SideNetwork(nn.Module):
         query_module = attention.get_submodule(projection.module)
         output_module = attention.get_submodule(parts.description.attention_output)
         with (
+            nullcontext() if watch is None else watch,
             query_module.register_forward_hook(keep_queries),
             output_module.register_forward_pre_hook(read),
         ):
             yield
+
+    def _attend(
+        self, number: int, query: Tensor, retrieved: Retrieved, watch: AttentionWatch | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Give the queries as they met memory, what they read, and its advantage in one softmax."""
+        if watch is None:
+            turned = self.rotate(query)
+            recalled, _ = memory_attention(turned, retrieved, self.scaling(number))
+            return turned, recalled, None
+        if watch.call is None:
+            raise other_attention(self._parts.decoder.config)
+        # Kept keys are not rotated, so that they stand at position 0: where the window begins.
+        # Of a single token, heads that share a key come packed as if they were tokens.
+        met = watch.call.query.reshape(query.shape)
+        turned = met if self.memory_distance is None else self.rotate(query)
+        recalled, log_mass = memory_attention(turned, retrieved, watch.call.scaling)
+        return turned, recalled, log_mass - watch.call.log_mass().reshape(log_mass.shape)
 
     def scaling(self, number: int) -> float:
         """Give the factor on ``q . k`` before the softmax of memory layer ``number``."""

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlayer import attention
-from memlayer.attention import fuse, memory_attention
+from memlayer.attention import fuse, memory_attention, memory_share
 from memlayer.errors import ShapeError
 from memlayer.memory import MemoryBank
 from memlayer.plugins import default_plugins
@@ -33,8 +33,10 @@ def draw(*shape, seed=0, dtype=torch.float64):
 def plain_attention(query, retrieved, scaling):
     keys, values, mask = retrieved.gather()
     scores = torch.einsum("bhtd,bhtkd->bhtk", query, keys.to(query.dtype)) * scaling
-    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1).nan_to_num()
-    return torch.einsum("bhtk,bhtkd->bhtd", weights, values.to(query.dtype))
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = torch.softmax(scores, dim=-1).nan_to_num()
+    attended = torch.einsum("bhtk,bhtkd->bhtd", weights, values.to(query.dtype))
+    return attended, torch.logsumexp(scores, dim=-1)
 
 
 @pytest.fixture
@@ -52,12 +54,12 @@ def test_memory_attention_and_its_gradient_equal_the_plain_form(filled, monkeypa
     monkeypatch.setitem(attention._BLOCK_BYTES, "cpu", block_bytes)
     query = draw(2, 4, 5, 8, seed=3).requires_grad_()
     retrieved = filled.retrieve(query)
-    upstream = draw(2, 4, 5, 8, seed=4)
+    upstream = draw(2, 4, 5, 8, seed=4), draw(2, 4, 5, seed=5)
     results = []
     for function in (memory_attention, plain_attention):
-        output = function(query, retrieved, 0.3)
-        (gradient,) = torch.autograd.grad(output, query, upstream)
-        results.append((output, gradient))
+        outputs = function(query, retrieved, 0.3)
+        (gradient,) = torch.autograd.grad(outputs, query, upstream)
+        results.append((*outputs, gradient))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
@@ -70,9 +72,9 @@ def test_gradients_are_those_of_the_function(filled):
 def test_half_precision_queries_are_attended_in_float32(filled):
     query = draw(2, 4, 3, 8, seed=3).bfloat16()
     retrieved = filled.retrieve(query)
-    output = memory_attention(query, retrieved, 0.35)
+    output, _ = memory_attention(query, retrieved, 0.35)
     assert output.dtype == torch.bfloat16
-    expected = plain_attention(query.double(), retrieved, 0.35)
+    expected, _ = plain_attention(query.double(), retrieved, 0.35)
     torch.testing.assert_close(output.double(), expected, rtol=0.01, atol=0.01)
 
 
@@ -80,8 +82,10 @@ def test_where_nothing_was_found_the_result_is_zero_even_with_garbage_in_the_ban
     filled.clear(rows=[1])
     query = draw(2, 4, 3, 8, seed=3).requires_grad_()
     filled._ring.values[:, 1] = 1e30
-    output = memory_attention(query, filled.retrieve(query), 0.3)
+    output, log_mass = memory_attention(query, filled.retrieve(query), 0.3)
     assert torch.equal(output[1], torch.zeros_like(output[1]))
+    assert log_mass[1].eq(-torch.inf).all()
+    assert log_mass[0].isfinite().all()
     (gradient,) = torch.autograd.grad(output.sum(), query)
     assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
     assert gradient[0].abs().sum() > 0
@@ -93,8 +97,8 @@ def test_backward_may_follow_one_update_of_a_full_bank():
         bank.write(draw(1, 2, 16, 8, seed=seed), draw(1, 2, 16, 8, seed=seed))
     query = draw(1, 2, 6, 8, seed=9).requires_grad_()
     retrieved = bank.retrieve(query)
-    expected = torch.autograd.grad(plain_attention(query, retrieved, 0.3).sum(), query)
-    output = memory_attention(query, retrieved, 0.3)
+    expected = torch.autograd.grad(plain_attention(query, retrieved, 0.3)[0].sum(), query)
+    output, _ = memory_attention(query, retrieved, 0.3)
     bank.write(draw(1, 2, 16, 8, seed=20), draw(1, 2, 16, 8, seed=21))
     torch.testing.assert_close(torch.autograd.grad(output.sum(), query), expected)
 
@@ -104,7 +108,7 @@ def test_backward_after_two_updates_of_a_full_bank_says_so():
     for seed in range(4):
         bank.write(draw(1, 2, 16, 8, seed=seed), draw(1, 2, 16, 8, seed=seed))
     query = draw(1, 2, 6, 8, seed=9).requires_grad_()
-    output = memory_attention(query, bank.retrieve(query), 0.3)
+    output, _ = memory_attention(query, bank.retrieve(query), 0.3)
     for seed in (20, 21):
         bank.write(draw(1, 2, 16, 8, seed=seed), draw(1, 2, 16, 8, seed=seed))
     with pytest.raises(ShapeError, match="call backward before the second update"):
@@ -116,8 +120,8 @@ def test_backward_survives_a_cleared_row_and_a_bank_that_grew():
     bank.write(draw(1, 2, 512, 8, seed=0), draw(1, 2, 512, 8, seed=1))
     query = draw(1, 2, 6, 8, seed=9).requires_grad_()
     retrieved = bank.retrieve(query)
-    expected = torch.autograd.grad(plain_attention(query, retrieved, 0.3).sum(), query)
-    output = memory_attention(query, retrieved, 0.3)
+    expected = torch.autograd.grad(plain_attention(query, retrieved, 0.3)[0].sum(), query)
+    output, _ = memory_attention(query, retrieved, 0.3)
     bank.clear(rows=[0])
     bank.write(draw(1, 2, 2048, 8, seed=2), draw(1, 2, 2048, 8, seed=3))
     torch.testing.assert_close(torch.autograd.grad(output.sum(), query), expected)
@@ -144,7 +148,7 @@ def test_no_tensor_of_tokens_heads_k_and_d_exists(monkeypatch):
     query = draw(1, 4, 256, 16, dtype=torch.float32).requires_grad_()
     retrieved = bank.retrieve(query)
     with LargestTensor() as largest:
-        memory_attention(query, retrieved, 0.25).sum().backward()
+        memory_attention(query, retrieved, 0.25)[0].sum().backward()
     everything = query.numel() * 64
     # The attention weights (tokens, heads, K) are the largest that is allowed.
     assert largest.numel <= everything // 16
@@ -156,28 +160,42 @@ def test_queries_must_be_those_that_were_retrieved_for(filled):
         memory_attention(draw(2, 4, 6, 8), retrieved, 0.3)
 
 
-def test_fuse_weighs_memory_by_the_sigmoid_of_the_gate():
-    local, memory = draw(2, 3, 5, 4, seed=1), draw(2, 3, 5, 4, seed=2)
+def plain_share(gate, shape):
+    return torch.sigmoid(gate.double()).view(1, -1, 1).expand(shape)
+
+
+def test_without_an_advantage_the_share_is_the_sigmoid_of_the_gate():
     gate = torch.tensor([-2.0, 0.0, 3.0])
-    share = torch.sigmoid(gate.double()).view(1, 3, 1, 1)
-    fused = fuse(local, memory, gate, torch.ones(2, 3, 5, dtype=torch.bool))
-    torch.testing.assert_close(fused, (1 - share) * local + share * memory)
+    share = memory_share(gate, torch.ones(2, 3, 5, dtype=torch.bool))
+    torch.testing.assert_close(share.double(), plain_share(gate, (2, 3, 5)))
 
 
-def test_fuse_ignores_memory_where_nothing_was_found():
+def test_fuse_mixes_by_the_share():
+    local, memory, share = draw(2, 3, 5, 4, seed=1), draw(2, 3, 5, 4, seed=2), draw(2, 3, 5).abs()
+    weight = share.unsqueeze(-1)
+    torch.testing.assert_close(fuse(local, memory, share), (1 - weight) * local + weight * memory)
+
+
+@pytest.mark.parametrize("advantage", [None, -torch.inf, torch.inf, torch.nan])
+def test_memory_has_no_share_where_nothing_was_found(advantage):
     local, memory = draw(2, 3, 5, 4, seed=1), draw(2, 3, 5, 4, seed=2)
-    nothing = torch.zeros(2, 3, 5, dtype=torch.bool)
-    fused = fuse(local, memory, torch.full((3,), 9.0), nothing)
+    gate = torch.full((3,), 9.0, requires_grad=True)
+    if advantage is not None:
+        advantage = torch.full((2, 3, 5), advantage)
+    share = memory_share(gate, torch.zeros(2, 3, 5, dtype=torch.bool), advantage)
+    fused = fuse(local, memory, share)
     torch.testing.assert_close(fused, local, rtol=0, atol=0)
+    fused.sum().backward()
+    assert torch.equal(gate.grad, torch.zeros(3))
 
 
 def test_a_large_gate_still_learns_in_bfloat16():
     gate = torch.full((3,), 7.0, requires_grad=True)
     local, memory = draw(2, 3, 5, 4, seed=1).bfloat16(), draw(2, 3, 5, 4, seed=2).bfloat16()
-    fuse(local, memory, gate, torch.ones(2, 3, 5, dtype=torch.bool)).sum().backward()
+    fuse(local, memory, memory_share(gate, torch.ones(2, 3, 5).bool())).sum().backward()
     assert (gate.grad != 0).all()
 
 
 def test_fuse_refuses_other_shapes():
     with pytest.raises(ShapeError, match="same shape"):
-        fuse(draw(1, 2, 3, 4), draw(1, 2, 4, 4), torch.zeros(2), torch.ones(1, 2, 3).bool())
+        fuse(draw(1, 2, 3, 4), draw(1, 2, 4, 4), torch.ones(1, 2, 3))

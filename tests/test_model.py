@@ -289,19 +289,20 @@ def test_rows_of_a_batch_do_not_read_each_other_unless_asked(scope, backbone, ma
 
 
 @torch.no_grad()
-def test_each_row_alone_gives_what_it_gives_in_a_padded_batch(backbone, make_tokens):
+@pytest.mark.parametrize("fusion", ["gate", "softmax"])
+def test_each_row_alone_gives_what_it_gives_in_a_padded_batch(fusion, backbone, make_tokens):
     ids, past = make_tokens(3, 24), make_tokens(3, 40, seed=1)
     mask, past_mask = torch.ones_like(ids), torch.ones_like(past)
     mask[0, :9] = 0
     mask[1, 20:] = 0
     past_mask[1, :13] = 0
     past_mask[2, 30:] = 0
-    together = trained(wrap(backbone))
+    together = trained(wrap(backbone, fusion=fusion))
     together.memorize(past, attention_mask=past_mask)
     together.memory.clear(rows=[2])
     logits = together(ids, attention_mask=mask).logits
     for row in range(3):
-        alone = trained(wrap(backbone))
+        alone = trained(wrap(backbone, fusion=fusion))
         if row != 2:
             # Left padding moves segment borders, so the row alone is memorized padded too.
             alone.memorize(past[row : row + 1], attention_mask=past_mask[row : row + 1])
@@ -412,8 +413,9 @@ def test_memory_filled_in_inference_mode_can_be_trained_on_and_written_to(
 
 
 @torch.no_grad()
-def test_cached_steps_equal_one_forward(backbone, make_tokens):
-    model = trained(wrap(backbone))
+@pytest.mark.parametrize("fusion", ["gate", "softmax"])
+def test_cached_steps_equal_one_forward(fusion, backbone, make_tokens):
+    model = trained(wrap(backbone, fusion=fusion))
     model.memorize(make_tokens(2, 40, seed=1))
     ids = make_tokens(2, 40)
     full = model(ids).logits

@@ -67,6 +67,13 @@ def attend(queries, keys, values, rotary, memory, gate):
             local = torch.softmax(q[t] @ k[: t + 1].T / math.sqrt(DIM), -1) @ value[: t + 1]
             if memory is not None and (found := memory.best(query[t], h // group)) is not None:
                 recalled_k, recalled_v = found
+                if memory.one_softmax:
+                    # Keys that are not rotated stand at position 0, the query at t.
+                    scores = torch.cat([k[: t + 1] @ q[t], recalled_k @ q[t]]) / math.sqrt(DIM)
+                    scores[t + 1 :] += gate[h]
+                    both = torch.cat([value[: t + 1], recalled_v])
+                    rows.append(torch.softmax(scores, -1) @ both)
+                    continue
                 weights = torch.softmax(query[t] @ recalled_k.T / math.sqrt(DIM), -1)
                 share = torch.sigmoid(gate[h])
                 local = (1 - share) * local + share * (weights @ recalled_v)
@@ -194,8 +201,9 @@ PLAIN = {"llama": Llama(), "gpt2": Gpt2(), "opt": Opt(), "opt-350m": Opt350m()}
 class PlainMemory:
     """Every token's keys and values, a list a head; the chunks found by comparing with all."""
 
-    def __init__(self, capacity, chunk_size, top_k):
+    def __init__(self, capacity, chunk_size, top_k, one_softmax):
         self.capacity, self.chunk_size, self.top_k = capacity, chunk_size, top_k
+        self.one_softmax = one_softmax
         self.keys, self.values = [], []
 
     def write(self, keys, values):
@@ -253,12 +261,13 @@ def plain_forward(model, family, ids, memory):
 @torch.no_grad()
 @pytest.mark.parametrize("side_init", ["replace", "identity", "backbone"])
 @pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("fusion", ["gate", "softmax"])
 def test_the_fast_path_computes_the_methods_equations(
-    family, side_init, make_backbone, make_tokens
+    fusion, family, side_init, make_backbone, make_tokens
 ):
     config = memlayer.LongMemConfig(
         backend="torch", memory_size=48, chunk_size=4, top_k=12, segment_length=20,
-        side_init=side_init,
+        side_init=side_init, fusion=fusion,
     )  # fmt: skip
     model = memlayer.wrap(make_backbone(family), config).eval()
     generator = torch.Generator().manual_seed(3)
@@ -268,7 +277,7 @@ def test_the_fast_path_computes_the_methods_equations(
         gate += torch.randn(gate.shape, generator=generator)
     if model.side_network.scales is not None:
         model.side_network.scales += 0.7
-    memory = PlainMemory(48, 4, 12)
+    memory = PlainMemory(48, 4, 12, one_softmax=fusion == "softmax")
     # The last segments read a memory that has dropped its oldest chunks, and a tail of 2 waits.
     for step, tokens in enumerate((20, 18, 20, 20)):
         ids = make_tokens(1, tokens, seed=step)

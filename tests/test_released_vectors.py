@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from memlayer.attention import fuse, memory_attention
+from memlayer.attention import fuse, memory_attention, memory_share
 from memlayer.memory import MemoryBank
 from memlayer.plugins import default_plugins
 
@@ -120,8 +120,8 @@ def test_the_fused_attention_is_that_of_the_released_code(case):
     bank = case.bank("torch")
     if bank.is_readable:
         found = bank.retrieve(query)
-        memory = memory_attention(query, found, scaling)
+        memory, _ = memory_attention(query, found, scaling)
         close(case.join(memory), case["out.memory"])
-        fused = fuse(local, memory, case["in.memory_bias"], found.found.any(-1))
+        fused = fuse(local, memory, memory_share(case["in.memory_bias"], found.found.any(-1)))
     close(case.join(fused), case["out.fused"])
     close(case.join(fused) @ case["in.out_proj.weight"].T, case["out.output"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memlayer.config import LongMemConfig, MemoryStorage, SideInit
+from memlayer.config import Fusion, LongMemConfig, MemoryStorage, SideInit
 from memlayer.training.options import TrainingDtype, TrainingOptions
 from memlayer_cli.json_output import JsonOption, write_json
 from memlayer_cli.session import Session
@@ -93,6 +93,14 @@ def train(
         SideInit,
         typer.Option(help="How the side network starts.", rich_help_panel=_MODEL_PANEL),
     ] = MODEL.side_init,
+    fusion: Annotated[
+        Fusion,
+        typer.Option(
+            help="How memory is mixed with local attention: one weight a head, or one softmax "
+            "over both.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = MODEL.fusion,
     layer_reduction_factor: Annotated[
         int,
         typer.Option(help="Backbone layers per side layer.", rich_help_panel=_MODEL_PANEL),
@@ -235,6 +243,7 @@ def train(
         chunk_size=chunk_size,
         memory_layers=tuple(memory_layer) if memory_layer else None,
         side_init=side_init,
+        fusion=fusion,
         layer_reduction_factor=layer_reduction_factor,
         side_rank=side_rank,
         coupled=coupled,

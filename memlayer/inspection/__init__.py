@@ -21,7 +21,7 @@ from memlayer.inspection.options import InspectionOptions
 if TYPE_CHECKING:
     from memlayer.inspection.page import render_page, write_page
     from memlayer.inspection.prompt import inspect_completion, inspect_prompt, inspect_tokens
-    from memlayer.inspection.recording import RecordingReader
+    from memlayer.inspection.recording import record_reads
     from memlayer.inspection.results import (
         DocumentReading,
         HeadRead,
@@ -44,11 +44,11 @@ __all__ = [
     "Passage",
     "Prediction",
     "Read",
-    "RecordingReader",
     "TokenReading",
     "inspect_completion",
     "inspect_prompt",
     "inspect_tokens",
+    "record_reads",
     "render_page",
     "write_page",
 ]
@@ -59,7 +59,7 @@ _HOMES = {
     "inspect_tokens": "prompt",
     "render_page": "page",
     "write_page": "page",
-    "RecordingReader": "recording",
+    "record_reads": "recording",
 }
 
 

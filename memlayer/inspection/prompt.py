@@ -25,7 +25,7 @@ from memlayer.inspection.reading import (
     reads_by_token,
     totals,
 )
-from memlayer.inspection.recording import RecordingReader
+from memlayer.inspection.recording import record_reads
 from memlayer.inspection.results import (
     DocumentReading,
     Inspection,
@@ -125,11 +125,12 @@ def inspect_tokens(
     _check(model, bank, input_ids, prompt_tokens)
     ids = input_ids.to(model.device)
     count = ids.shape[1]
-    reader = RecordingReader(BankReader(bank))
     with evaluating(model):
         states = model.encode(ids)
-        on, off = model.read(states, reader), model.read(states)
-    readings = read_layers(model, reader.records)
+        with record_reads(model) as records:
+            on = model.read(states, BankReader(bank))
+        off = model.read(states)
+    readings = read_layers(model, records)
     read = totals(readings, range(count))
     reads = reads_by_token(readings, read, count, options.chunks_per_token)
     if readings:

@@ -40,31 +40,37 @@ class LayerReading:
     contribution: Tensor
     """``(H, T, n)``, float32; see `ChunkShares`."""
 
+    share: Tensor
+    """``(H, T)``, float32. Memory's weight in the head's output, 0 to 1."""
+
     weights: Tensor
     """``(H, T, n)``, float32. Shares of the token's reading, in all memory layers together."""
 
 
 def read_layers(model: LongMemModel, records: dict[int, LayerRecord]) -> list[LayerReading]:
-    """Turn what a `RecordingReader` noted for one row into numbers.
+    """Turn what `record_reads` noted for one row into numbers.
 
     Returns:
         One reading a memory layer; none if there was nothing to read.
     """
     layers = model.memory_config.memory_layers or ()
-    gates = [torch.sigmoid(model.side_network.gates[number].float()).cpu() for number in records]
-    all_gates = sum(float(gate.sum()) for gate in gates)
+    shares = {number: record.share[0].float().cpu() for number, record in records.items()}
+    # (T,): what the token's heads give to memory, all together.
+    total = sum((share.sum(dim=0) for share in shares.values()), torch.tensor(0.0))
+    total = total.clamp(min=torch.finfo(torch.float32).tiny)
     readings = []
-    for (number, record), gate in zip(records.items(), gates, strict=True):
-        shares = chunk_shares(model, record, number)
-        contribution = shares.contribution[0].cpu()
+    for number, record in records.items():
+        of_chunks = chunk_shares(model, record, number)
+        contribution = of_chunks.contribution[0].cpu()
         readings.append(
             LayerReading(
                 layer=layers[number],
                 ids=record.retrieved.ids[0].cpu(),
                 scores=record.retrieved.scores[0].float().cpu(),
-                attention=shares.attention[0].cpu(),
+                attention=of_chunks.attention[0].cpu(),
                 contribution=contribution,
-                weights=contribution * gate.view(-1, 1, 1) / all_gates,
+                share=shares[number],
+                weights=contribution * (shares[number] / total).unsqueeze(-1),
             )
         )
     return readings
@@ -146,24 +152,24 @@ def places_by_token(
 def head_readings(
     model: LongMemModel, readings: Sequence[LayerReading], bank: MemoryBank
 ) -> tuple[HeadReading, ...]:
-    """Give every head's gate, and how far back it reads."""
+    """Give what every head takes from memory, and how far back it reads."""
     edges = torch.tensor(distance_edges(bank))
     layers = model.memory_config.memory_layers or ()
     by_layer = {reading.layer: reading for reading in readings}
     found: list[HeadReading] = []
     for layer, gates in zip(layers, model.side_network.gates, strict=True):
         shares = torch.zeros(len(gates), len(edges) - 1)
+        taken = torch.sigmoid(gates.float()).cpu()
         if layer in by_layer:
             reading = by_layer[layer]
+            taken = reading.share.mean(dim=1)
             distance = bank.tokens_written(0) - (reading.ids + 1) * bank.chunk_size
             place = torch.bucketize(distance, edges[1:-1], right=True)
             shares.scatter_add_(1, place.flatten(1), reading.contribution.flatten(1))
             shares /= shares.sum(dim=1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
         found.extend(
             HeadReading(layer=layer, head=head, gate=gate, by_distance=tuple(share))
-            for head, (gate, share) in enumerate(
-                zip(torch.sigmoid(gates.float()).tolist(), shares.tolist(), strict=True)
-            )
+            for head, (gate, share) in enumerate(zip(taken.tolist(), shares.tolist(), strict=True))
         )
     return tuple(found)
 

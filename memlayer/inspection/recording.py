@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from memlayer.memory.retrieved import read_chunks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memlayer.memory import MemoryReader, Retrieved
+    from memlayer.memory import Retrieved
     from memlayer.model import LongMemModel
 
 _BLOCK_BYTES = 32 * 2**20
@@ -20,38 +22,38 @@ _BLOCK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord:
-    """One memory layer's queries, and what they found."""
+    """What one memory layer's queries found, and what was made of it."""
 
     queries: Tensor
-    """``(B, H, T, D)``, not rotated, not scaled."""
+    """``(B, H, T, D)``, not scaled, as they met the retrieved keys."""
 
     retrieved: Retrieved
 
+    share: Tensor
+    """``(B, H, T)``, float32 or wider: memory's weight in the head's output, 0 to 1."""
 
-class RecordingReader:
-    """A memory that answers as another one does, and keeps every answer.
 
-    Args:
-        reader: the memory that is read.
+@contextmanager
+def record_reads(model: LongMemModel) -> Iterator[dict[int, LayerRecord]]:
+    """Note the last reading of every memory layer while this is entered; nothing else changes.
 
-    Attributes:
-        records: by memory layer, counted from 0: the last answer. Empty if nothing was readable.
+    Yields:
+        The records by memory layer, counted from 0: empty until a forward has read, and wherever
+        nothing was readable.
     """
+    records: dict[int, LayerRecord] = {}
 
-    def __init__(self, reader: MemoryReader) -> None:
-        self._reader = reader
-        self.records: dict[int, LayerRecord] = {}
+    def note(layer: int, queries: Tensor, retrieved: Retrieved, share: Tensor) -> None:
+        records[layer] = LayerRecord(
+            queries=queries.detach(), retrieved=retrieved, share=share.detach()
+        )
 
-    @property
-    def is_readable(self) -> bool:
-        """Whether the other memory is."""
-        return self._reader.is_readable
-
-    def retrieve(self, queries: Tensor, *, layer: int) -> Retrieved:
-        """Find the chunks for the queries ``(B, H, T, D)``, and note both."""
-        retrieved = self._reader.retrieve(queries, layer=layer)
-        self.records[layer] = LayerRecord(queries=queries.detach(), retrieved=retrieved)
-        return retrieved
+    network = model.side_network
+    before, network.on_reading = network.on_reading, note
+    try:
+        yield records
+    finally:
+        network.on_reading = before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,8 @@ def chunk_shares(model: LongMemModel, record: LayerRecord, layer: int) -> ChunkS
     Source:
         Kobayashi et al., "Attention is Not Only a Weight" (arXiv:2004.10102), for the norm.
     """
-    network, retrieved = model.side_network, record.retrieved
-    scaling = network.scaling(layer)
-    # Queries (N, D), N = B * H * T, as the layer's memory attention sees them.
-    queries = network.rotate(record.queries).flatten(0, 2).float()
+    retrieved, scaling = record.retrieved, model.side_network.scaling(layer)
+    queries = record.queries.flatten(0, 2).float()  # (N, D), N = B * H * T
     places, found = retrieved.places.flatten(0, 2), retrieved.found.flatten(0, 2)
     attention = torch.zeros(places.shape, device=queries.device)
     added = torch.zeros_like(attention)

@@ -135,7 +135,8 @@ class HeadReading:
     layer: int
     head: int
     gate: float
-    """``sigmoid(g)``: what the head gives to memory where it found any, 0 to 1."""
+    """Memory's weight in the head's output, 0 to 1: with ``fusion="gate"`` its ``sigmoid(g)``, with
+    ``"softmax"`` the mean over the tokens. Where nothing was retrieved, ``sigmoid(g)``."""
 
     by_distance: tuple[float, ...]
     """Shares of what it took from memory by distance, between `Inspection.distance_edges`; they

@@ -89,8 +89,11 @@ def test_cached_decoding_is_a_forward_over_all_of_the_text(family, make_backbone
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_reads_its_window_and_all_before_it_from_memory(family, make_backbone, make_tokens):
-    model = wrap(make_backbone(family))
+@pytest.mark.parametrize("fusion", ["gate", "softmax"])
+def test_a_step_reads_its_window_and_all_before_it_from_memory(
+    fusion, family, make_backbone, make_tokens
+):
+    model = wrap(make_backbone(family), fusion=fusion)
     document = make_tokens(1, 64, seed=1)
     model.memorize(document)
     ids = make_tokens(1, 75, seed=2)
@@ -175,8 +178,11 @@ def test_each_row_alone_gives_the_text_that_it_gives_in_a_batch(
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
-def test_logits_of_a_padded_row_are_those_of_the_row_alone(family, make_backbone, make_tokens):
-    model = wrap(make_backbone(family))
+@pytest.mark.parametrize("fusion", ["gate", "softmax"])
+def test_logits_of_a_padded_row_are_those_of_the_row_alone(
+    fusion, family, make_backbone, make_tokens
+):
+    model = wrap(make_backbone(family), fusion=fusion)
     prompts = [make_tokens(1, n, seed=n)[0] for n in (30, 5, 70)]
     ids, mask = padded(prompts)
     together, sequences = step_logits(model, ids, 60, attention_mask=mask)

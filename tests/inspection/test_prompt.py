@@ -9,11 +9,10 @@ import torch
 from memlayer.errors import ConfigError, ShapeError
 from memlayer.inspection import (
     InspectionOptions,
-    RecordingReader,
     inspect_prompt,
     inspect_tokens,
+    record_reads,
 )
-from memlayer.memory import BankReader
 
 
 def ids_of(tokenizer, text):
@@ -51,10 +50,9 @@ def test_probabilities_are_the_models_own_with_memory_and_without(
 def test_reads_are_what_the_memory_retrieves(model, tiny_backbone, prompt):
     options = InspectionOptions(chunks_per_token=100)
     whole = inspect_prompt(model, tiny_backbone.tokenizer, prompt, options)
-    reader = RecordingReader(BankReader(model.memory))
-    with torch.no_grad():
-        model.read(model.encode(ids_of(tiny_backbone.tokenizer, prompt)), reader)
-    retrieved = reader.records[0].retrieved
+    with torch.no_grad(), record_reads(model) as records:
+        model(ids_of(tiny_backbone.tokenizer, prompt))
+    retrieved = records[0].retrieved
     for number, token in enumerate(whole.tokens):
         found = {(item.head, read.chunk): item.score for read in token.reads for item in read.heads}
         expected = {

@@ -4,22 +4,20 @@ import pytest
 import torch
 
 from memlayer.attention import memory_attention
-from memlayer.inspection import RecordingReader
+from memlayer.inspection import record_reads
 from memlayer.inspection.recording import chunk_shares
-from memlayer.memory import BankReader
 
 IDS = torch.tensor([[40, 41, 42, 50, 60, 61]])
 
 
-@pytest.fixture
-def recorded(make_model, remember):
+@pytest.fixture(params=["gate", "softmax"])
+def recorded(make_model, remember, request):
     """A model with two memory layers, what it recorded, and its logits."""
-    made = make_model(memory_layers=(1, 3), memory_distance=7)
+    made = make_model(memory_layers=(1, 3), memory_distance=7, fusion=request.param)
     remember(made, "One two three four five six seven eight nine ten. ")
-    reader = RecordingReader(BankReader(made.memory))
-    with torch.no_grad():
-        logits = made.read(made.encode(IDS), reader)
-    return made, reader, logits
+    with torch.no_grad(), record_reads(made) as records:
+        logits = made(input_ids=IDS).logits
+    return made, records, logits
 
 
 def test_a_recorded_reading_gives_the_logits_of_an_unrecorded_one(recorded):
@@ -29,25 +27,35 @@ def test_a_recorded_reading_gives_the_logits_of_an_unrecorded_one(recorded):
     assert torch.equal(logits, expected)
 
 
+def test_nothing_is_recorded_afterwards(recorded):
+    model, records, _ = recorded
+    before = dict(records)
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert records == before
+    assert model.side_network.on_reading is None
+
+
 def test_every_memory_layer_is_recorded(recorded):
-    _, reader, _ = recorded
-    assert sorted(reader.records) == [0, 1]
-    for record in reader.records.values():
+    _, records, _ = recorded
+    assert sorted(records) == [0, 1]
+    for record in records.values():
         assert record.queries.shape == (1, 2, 6, 8)
+        assert record.share.shape == (1, 2, 6)
         assert record.retrieved.ids.shape == (1, 2, 6, 4)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_shares_are_those_of_the_attention_that_was_run(recorded, layer):
-    model, reader, _ = recorded
-    record = reader.records[layer]
+    model, records, _ = recorded
+    record = records[layer]
     keys, values, found = record.retrieved.gather()
-    query = model.side_network.rotate(record.queries)
+    query = record.queries
     scores = torch.einsum("bhtkd,bhtd->bhtk", keys, query) * 8**-0.5
     weights = torch.softmax(scores.masked_fill(~found, -torch.inf), dim=-1)
     weighted = weights.unsqueeze(-1) * values
     # The plain way, over all of it at once, gives what the model's own attention gave.
-    attended = memory_attention(query, record.retrieved, 8**-0.5)
+    attended, _ = memory_attention(query, record.retrieved, 8**-0.5)
     torch.testing.assert_close(weighted.sum(dim=-2), attended)
     shares = chunk_shares(model, record, layer)
     by_chunk = weights.unflatten(-1, (-1, 4)).sum(dim=-1)
@@ -57,10 +65,10 @@ def test_shares_are_those_of_the_attention_that_was_run(recorded, layer):
 
 
 def test_blocks_change_no_share(recorded, monkeypatch):
-    model, reader, _ = recorded
-    whole = chunk_shares(model, reader.records[0], 0)
+    model, records, _ = recorded
+    whole = chunk_shares(model, records[0], 0)
     monkeypatch.setattr("memlayer.inspection.recording._BLOCK_BYTES", 1)
-    blocked = chunk_shares(model, reader.records[0], 0)
+    blocked = chunk_shares(model, records[0], 0)
     torch.testing.assert_close(blocked.attention, whole.attention)
     torch.testing.assert_close(blocked.contribution, whole.contribution)
 
@@ -68,11 +76,10 @@ def test_blocks_change_no_share(recorded, monkeypatch):
 def test_what_was_not_found_has_no_share(make_model, remember):
     model = make_model()
     remember(model, "12345678")  # two chunks, where four are asked for
-    reader = RecordingReader(BankReader(model.memory))
-    with torch.no_grad():
-        model.read(model.encode(IDS), reader)
-    shares = chunk_shares(model, reader.records[0], 0)
-    found = reader.records[0].retrieved.found
+    with torch.no_grad(), record_reads(model) as records:
+        model(input_ids=IDS)
+    shares = chunk_shares(model, records[0], 0)
+    found = records[0].retrieved.found
     assert found.sum(dim=-1).eq(2).all()
     for share in (shares.attention, shares.contribution):
         assert share[~found].eq(0).all()

@@ -79,7 +79,7 @@ def test_what_was_brought_outlives_what_is_written_later(make_numbered_bank, fee
     query = queries.clone().requires_grad_()
     retrieved = bank.retrieve(queries)
     keys, values, _ = retrieved.gather()
-    attended = memory_attention(query, retrieved, 0.5)
+    attended, _ = memory_attention(query, retrieved, 0.5)
     feed(bank, 64, 400)
     again = retrieved.gather()
     assert torch.equal(again[0], keys)

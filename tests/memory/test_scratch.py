@@ -129,7 +129,7 @@ def test_slots_without_a_chunk_are_finite_since_weight_0_does_not_hide_nan():
     queries = draw(4, 4, 3, DIM, seed=2)
     retrieved = scratch.retrieve(queries, layer=0)
     assert retrieved.found.any(dim=-1).tolist() == [[[row == 2] * 3] * 4 for row in range(4)]
-    attended = memory_attention(queries, retrieved, 0.5)
+    attended, _ = memory_attention(queries, retrieved, 0.5)
     assert attended.isfinite().all()
     assert attended[[0, 1, 3]].eq(0).all()
 
