@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import memlayer
+from memlayer.errors import ConfigError
 from memlayer.memory import BankReader
 
 if TYPE_CHECKING:
@@ -157,7 +158,19 @@ class DecoderConformance:
 
     def test_one_forward_is_as_many_cached_steps(self) -> None:
         """With memory, over a cache that both networks share."""
-        model = self._wrapped(self._backbone())
+        self._check_cached_steps(self._wrapped(self._backbone()))
+
+    def test_one_softmax_over_window_and_memory_gives_as_many_cached_steps(self) -> None:
+        """The same with ``fusion="softmax"``, which looks at the layer's own attention."""
+        try:
+            model = self._wrapped(self._backbone(), fusion="softmax")
+            self._check_cached_steps(model)
+        except ConfigError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            pytest.skip('no `fusion="softmax"`')
+
+    def _check_cached_steps(self, model: LongMemModel) -> None:
         ids = self._ids(model)[:, :10]
         with torch.no_grad():
             model.memorize(self._ids(model, seed=1))
@@ -208,9 +221,9 @@ class DecoderConformance:
         backbone: PreTrainedModel = self.make_backbone().eval()
         return backbone
 
-    def _wrapped(self, backbone: PreTrainedModel) -> LongMemModel:
+    def _wrapped(self, backbone: PreTrainedModel, **changes: object) -> LongMemModel:
         """Give a wrapped model whose side network is no longer the backbone's copy."""
-        model = memlayer.wrap(backbone, _config()).eval()
+        model = memlayer.wrap(backbone, _config(**changes)).eval()
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in model.trainable_parameters():
