@@ -54,9 +54,10 @@ def memory_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> tup
             f"query and retrieved must agree in (B, H, T), got {tuple(query.shape[:3])} and "
             f"{tuple(retrieved.places.shape[:3])}"
         )
-    attended, log_mass = _MemoryAttention.apply(  # type: ignore[no-untyped-call]
-        query.flatten(0, 2), retrieved, scaling
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        attended, log_mass = _MemoryAttention.apply(  # type: ignore[no-untyped-call]
+            query.flatten(0, 2), retrieved, scaling
+        )
     return attended.view(query.shape), log_mass.view(query.shape[:3])
 
 

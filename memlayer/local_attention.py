@@ -48,9 +48,10 @@ class AttentionCall:
             ``(B, H, T)``, float32 or wider; ``-inf`` where a token sees nothing. Gradients flow to
             queries and keys. Scores exist for a block of queries at a time.
         """
-        mass: Tensor = _LogMass.apply(  # type: ignore[no-untyped-call]
-            self.query, self.key, self.mask, self.causal, self.scaling
-        )
+        with torch.autocast(self.query.device.type, enabled=False):
+            mass: Tensor = _LogMass.apply(  # type: ignore[no-untyped-call]
+                self.query, self.key, self.mask, self.causal, self.scaling
+            )
         return mass
 
 

@@ -69,12 +69,15 @@ def test_gradients_are_those_of_the_function(filled):
     assert torch.autograd.gradcheck(lambda q: memory_attention(q, retrieved, 0.4), query)
 
 
-def test_half_precision_queries_are_attended_in_float32(filled):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_queries_are_attended_in_float32(filled, autocast):
     query = draw(2, 4, 3, 8, seed=3).bfloat16()
     retrieved = filled.retrieve(query)
-    output, _ = memory_attention(query, retrieved, 0.35)
+    with torch.autocast("cpu", enabled=autocast):
+        output, log_mass = memory_attention(query, retrieved, 0.35)
     assert output.dtype == torch.bfloat16
-    expected, _ = plain_attention(query.double(), retrieved, 0.35)
+    expected, mass = plain_attention(query.double(), retrieved, 0.35)
+    torch.testing.assert_close(log_mass.double(), mass, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.double(), expected, rtol=0.01, atol=0.01)
 
 

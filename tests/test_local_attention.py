@@ -96,9 +96,11 @@ def test_a_token_that_sees_nothing_has_no_mass_and_no_gradient():
     assert torch.equal(gradients[0][0, 0, 1], torch.zeros(4, dtype=torch.float64))
 
 
-def test_half_precision_is_computed_in_float32():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_computed_in_float32(autocast):
     query, key = draw(1, 2, 5, 4, seed=1).bfloat16(), draw(1, 2, 5, 4, seed=2).bfloat16()
-    mass = seen(query, key, is_causal=True).log_mass()
+    with torch.autocast("cpu", enabled=autocast):
+        mass = seen(query, key, is_causal=True).log_mass()
     assert mass.dtype == torch.float32
     expected = plain_log_mass(query.double(), key.double(), causal(5, 5), 0.5)
     torch.testing.assert_close(mass.double(), expected, rtol=1e-5, atol=1e-5)
