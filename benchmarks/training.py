@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import memlayer
-from memlayer import side_network
+from memlayer import side_reading
 from memlayer.memory import MemoryBank
 
 Step = Callable[[], object]
@@ -232,7 +232,7 @@ def shares(step: Step, device: torch.device, rounds: int) -> str:
     spent = {"search": 0.0, "attention over what was found, forward": 0.0}
     with (
         measured(MemoryBank, "retrieve", spent, "search", device),
-        measured(side_network, "memory_attention", spent, list(spent)[1], device),
+        measured(side_reading, "memory_attention", spent, list(spent)[1], device),
     ):
         step()
         spent.update(dict.fromkeys(spent, 0.0))

@@ -29,29 +29,22 @@ layers run once more, those that read memory as trainable copies and the others 
 With ``side_rank`` set, side layers run the backbone's own weights and only low-rank updates of
 their linear maps train (`memlayer.low_rank`).
 
-A layer that reads memory does so between its attention and the linear map behind it: one hook notes
-the queries as projected (not rotated), another fuses the concatenated heads. So eager, SDPA and
-flash attention serve alike, and no attention code is copied. With ``fusion="softmax"`` the call of
-the attention itself is looked at, which has to be SDPA's (`memlayer.local_attention`).
+How a layer reads memory is in `memlayer.side_reading`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memlayer.attention import fuse, memory_attention, memory_share
 from memlayer.capture import BackboneStates, LayerCall, first_tensor
 from memlayer.dispatch import execution_device
 from memlayer.errors import ConfigError
-from memlayer.local_attention import AttentionWatch, other_attention
 from memlayer.low_rank import add_updates
-from memlayer.rotation import rotated
 from memlayer.side_layers import (
     copy_layer,
     copy_module,
@@ -59,6 +52,7 @@ from memlayer.side_layers import (
     twin_layer,
     weights_dtype,
 )
+from memlayer.side_reading import MemoryReading
 
 if TYPE_CHECKING:
     from memlayer.config import LongMemConfig
@@ -72,10 +66,6 @@ more than an untrained layer can use."""
 
 GENTLE_BIAS = -1.0
 """Where they start with ``fusion="softmax"``, measured in docs/results.md."""
-
-ReadingObserver = Callable[[int, Tensor, "Retrieved", Tensor], None]
-"""Called with the memory layer (from 0), its queries ``(B, H, T, D)`` as they met the retrieved
-keys, what was retrieved, and memory's share of each head's output ``(B, H, T)``."""
 
 
 class SideNetwork(nn.Module):
@@ -99,7 +89,7 @@ class SideNetwork(nn.Module):
             arguments it is called.
         readers: for each memory layer, the side layer that reads it.
         outputs: the backbone layers, rising, whose outputs `forward` needs.
-        on_reading: called with every reading, see `ReadingObserver`; or None.
+        reading: how a layer reads memory.
         gradient_checkpointing: whether training keeps only each layer's input and runs the layer
             again in the backward pass. Memory is searched once all the same.
     """
@@ -151,8 +141,12 @@ class SideNetwork(nn.Module):
         if self.replaces:
             needed.update(sources, (source - 1 for source in sources if source))
         self.outputs = tuple(sorted(needed))
-        self.one_softmax = config.fusion == "softmax"
-        first_gate = GENTLE_BIAS if self.one_softmax else GENTLE_GATE
+        self.reading = MemoryReading(
+            parts,
+            one_softmax=config.fusion == "softmax",
+            memory_distance=config.memory_distance,
+        )
+        first_gate = GENTLE_BIAS if self.reading.one_softmax else GENTLE_GATE
         if config.side_init == "backbone":
             first_gate = 0.0
         gate = torch.full((parts.num_attention_heads,), first_gate, device=device)
@@ -162,8 +156,6 @@ class SideNetwork(nn.Module):
             self.scales = nn.Parameter(torch.zeros(len(sources), device=device))
         self.to(device)  # layers of a backbone on several devices are copied to one
         self.gradient_checkpointing = False
-        self.on_reading: ReadingObserver | None = None
-        self.memory_distance = config.memory_distance
         self.normed_residual = config.normed_residual
 
     def forward(self, states: BackboneStates, memory: MemoryReader | None = None) -> Tensor:
@@ -236,7 +228,15 @@ class SideNetwork(nn.Module):
             if reads:
                 assert memory is not None
                 reader = self.readers.index(number)
-                reading = self._reading(layer, reader, memory, found, changes)
+                reading = self.reading.of_layer(
+                    layer,
+                    reader,
+                    memory,
+                    gate=self.gates[reader],
+                    scaling=self.scaling(reader),
+                    found=found,
+                    changes=None if self.scales is None else changes,
+                )
             with reading:
                 output = first_tensor(layer(hidden.to(dtype), *call.args, **call.kwargs))
             return output.to(hidden.dtype), changes
@@ -271,84 +271,6 @@ class SideNetwork(nn.Module):
             {"params": gates, "lr": gate_learning_rate, "weight_decay": 0.0},
         ]
 
-    @contextmanager
-    def _reading(
-        self,
-        layer: nn.Module,
-        number: int,
-        memory: MemoryReader,
-        found: list[Retrieved],
-        changes: list[Tensor],
-    ) -> Iterator[None]:
-        """Let one layer's attention read memory layer ``number`` while this is entered.
-
-        What was retrieved goes to ``found``, and is taken from there if it is there already.
-        What memory changes in the attention's output, ``(B, T, E)``, goes to ``changes``.
-        """
-        parts, gate = self._parts, self.gates[number]
-        attention = parts.attention(layer)
-        projection = parts.description.query
-        queries: list[Tensor] = []
-        watch = AttentionWatch() if self.one_softmax else None
-
-        def keep_queries(_: nn.Module, __: Any, output: Any) -> None:
-            heads = projection.heads_of(attention, first_tensor(output), parts.head_dim)
-            queries.append(heads)
-
-        def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            query = queries.pop()
-            if not found:
-                found.append(memory.retrieve(query, layer=number))
-            retrieved = found[0]
-            turned, recalled, advantage = self._attend(number, query, retrieved, watch)
-            # (B, T, H * D) <-> (B, H, T, D)
-            local = args[0].unflatten(2, (parts.num_attention_heads, -1)).transpose(1, 2)
-            share = memory_share(gate, retrieved.found.any(dim=-1), advantage)
-            if self.on_reading is not None:
-                self.on_reading(number, turned, retrieved, share)
-            fused = fuse(local, recalled.to(local.dtype), share)
-            joined = fused.transpose(1, 2).flatten(2)
-            if self.scales is not None:
-                # Its own forward, without hooks; less its bias, the map is linear.
-                difference = joined - args[0]
-                none = torch.zeros_like(difference[:1, :1])
-                changes.append(output_module.forward(difference) - output_module.forward(none))
-            return (joined, *args[1:])
-
-        query_module = attention.get_submodule(projection.module)
-        output_module = attention.get_submodule(parts.description.attention_output)
-        with (
-            nullcontext() if watch is None else watch,
-            query_module.register_forward_hook(keep_queries),
-            output_module.register_forward_pre_hook(read),
-        ):
-            yield
-
-    def _attend(
-        self, number: int, query: Tensor, retrieved: Retrieved, watch: AttentionWatch | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Give the queries as they met memory, what they read, and its advantage in one softmax."""
-        if watch is None:
-            turned = self.rotate(query)
-            recalled, _ = memory_attention(turned, retrieved, self.scaling(number))
-            return turned, recalled, None
-        if watch.call is None:
-            raise other_attention(self._parts.decoder.config)
-        # Kept keys are not rotated, so that they stand at position 0: where the window begins.
-        # Of a single token, heads that share a key come packed as if they were tokens.
-        met = watch.call.query.reshape(query.shape)
-        turned = met if self.memory_distance is None else self.rotate(query)
-        recalled, log_mass = memory_attention(turned, retrieved, watch.call.scaling)
-        return turned, recalled, log_mass - watch.call.log_mass().reshape(log_mass.shape)
-
     def scaling(self, number: int) -> float:
         """Give the factor on ``q . k`` before the softmax of memory layer ``number``."""
         return self._parts.scalings[self.sources[self.readers[number]]]
-
-    def rotate(self, query: Tensor) -> Tensor:
-        """Turn queries as if every retrieved key stood ``memory_distance`` tokens before them."""
-        rotary = self._parts.rotary
-        if self.memory_distance is None or rotary is None:
-            return query
-        position = torch.tensor([[self.memory_distance]], device=query.device)
-        return rotated(query, *rotary(query, position))

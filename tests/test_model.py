@@ -383,7 +383,7 @@ def test_a_memory_distance_turns_queries_by_that_many_positions(llama, make_toke
     query = torch.randn(1, 4, 3, 8)
     cos, sin = llama.model.rotary_emb(query, torch.tensor([[50]]))
     expected, _ = apply_rotary_pos_emb(query, query, cos, sin)
-    torch.testing.assert_close(model.side_network.rotate(query), expected)
+    torch.testing.assert_close(model.side_network.reading.rotate(query), expected)
 
 
 def test_a_bank_of_another_model_is_refused(tmp_path, make_backbone, make_tokens):

@@ -48,12 +48,12 @@ def record_reads(model: LongMemModel) -> Iterator[dict[int, LayerRecord]]:
             queries=queries.detach(), retrieved=retrieved, share=share.detach()
         )
 
-    network = model.side_network
-    before, network.on_reading = network.on_reading, note
+    reading = model.side_network.reading
+    before, reading.observer = reading.observer, note
     try:
         yield records
     finally:
-        network.on_reading = before
+        reading.observer = before
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def test_nothing_is_recorded_afterwards(recorded):
     with torch.no_grad():
         model(input_ids=IDS)
     assert records == before
-    assert model.side_network.on_reading is None
+    assert model.side_network.reading.observer is None
 
 
 def test_every_memory_layer_is_recorded(recorded):
