@@ -1,9 +1,9 @@
 r"""How a side layer reads memory: between its attention and the linear map behind it.
 
 One hook notes the queries as projected (not rotated), another fuses the concatenated heads with
-what memory gave. So eager, SDPA and flash attention serve alike, and no attention code is copied.
-With ``fusion="softmax"`` the call of the attention itself is looked at, which has to be SDPA's
-(`memlayer.local_attention`).
+what memory gave. So with gates eager, SDPA and flash attention serve alike, and no attention code
+is copied. With ``fusion="softmax"`` the call of the attention itself is looked at, which has to be
+SDPA's (`memlayer.local_attention`).
 
     queries, not rotated --> search --+--> memory attention --+--> share, fuse --> output projection
     queries as attention met them ----+                       |
@@ -125,11 +125,12 @@ class MemoryReading:
             return met, recalled, None
         if watch.call is None:
             raise other_attention(self._parts.decoder.config)
-        # Kept keys are not rotated, so that they stand at position 0: where the window begins.
-        # Some families (OPT) scale their queries themselves; of a single token, heads that share a
-        # key come packed as if they were tokens.
-        met = (watch.call.query * (watch.call.scaling / scaling)).reshape(query.shape)
-        if self.memory_distance is not None:
+        if self.memory_distance is None:
+            # Kept keys are not rotated, so that they stand at position 0: where the window begins.
+            # Some families (OPT) scale their queries themselves; of a single token, heads that
+            # share a key come packed as if they were tokens.
+            met = (watch.call.query * (watch.call.scaling / scaling)).reshape(query.shape)
+        else:
             met = self.rotate(query)
         recalled, log_mass = memory_attention(met, retrieved, scaling)
         return met, recalled, log_mass - watch.call.log_mass().reshape(log_mass.shape)
