@@ -85,6 +85,7 @@ def train_without_memory(
         rows=options.batch_size,
         segment_length=segment_length,
         stride=options.stride,
+        excerpt=options.excerpt_tokens,
         seed=options.seed,
         repeat=True,
     )

@@ -151,6 +151,20 @@ def train(
             rich_help_panel=_TRAINING_PANEL,
         ),
     ] = OPTIONS.stride,
+    excerpt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a document to train on at a turn, from a random place. Default: all.",
+            rich_help_panel=_TRAINING_PANEL,
+        ),
+    ] = OPTIONS.excerpt_tokens,
+    lead_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens before an excerpt, at most, that are only memorized.",
+            rich_help_panel=_TRAINING_PANEL,
+        ),
+    ] = OPTIONS.lead_tokens,
     learning_rate: Annotated[
         float, typer.Option(help="Peak, for weights.", rich_help_panel=_TRAINING_PANEL)
     ] = OPTIONS.learning_rate,
@@ -254,6 +268,8 @@ def train(
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         stride=stride,
+        excerpt_tokens=excerpt_tokens,
+        lead_tokens=lead_tokens,
         learning_rate=learning_rate,
         gate_learning_rate=gate_learning_rate,
         warmup=warmup,

@@ -8,6 +8,11 @@ A row's next segment continues the same document, so that its memory is that doc
 
 With a stride S below T segments overlap, as windows.py says: A[0:T], A[S:S+T], ... All but the last
 S tokens of a later segment are context, which an earlier one has scored: their target is -100.
+
+With excerpts a turn is not a whole document: some of it, from a random place, after a lead that is
+only to be memorized.
+
+    document   ..........[ Batch.lead ][ segment ][ segment ]......
 """
 
 from __future__ import annotations
@@ -15,12 +20,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from memlayer.data.windows import count_windows
 from memlayer.errors import ConfigError, DataError
@@ -45,7 +51,10 @@ class Batch:
         attention_mask: ``(B, T)``, int64. 1 for tokens, 0 for padding, which is on the right.
         fresh: ``(B, T)``, int64. 1 for tokens that no segment before this one held, 0 for context
             and padding.
-        ends: ``(B,)``, bool. The row's document ends with this segment.
+        ends: ``(B,)``, bool. The row's document, or its excerpt, ends with this segment.
+        lead: ``(B, L)``, int64. Tokens before this segment that are to be memorized ahead of it,
+            where an excerpt begins; L is 0 in all other batches.
+        lead_mask: ``(B, L)``, int64. 1 for them, 0 for padding, which is on the right.
     """
 
     input_ids: Tensor
@@ -53,16 +62,28 @@ class Batch:
     attention_mask: Tensor
     fresh: Tensor
     ends: Tensor
+    lead: Tensor
+    lead_mask: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """Give the same batch on another device."""
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            targets=self.targets.to(device),
-            attention_mask=self.attention_mask.to(device),
-            fresh=self.fresh.to(device),
-            ends=self.ends.to(device),
-        )
+        return self._each(lambda tensor: tensor.to(device))
+
+    def rows(self, rows: slice) -> Batch:
+        """Give some of the rows."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{name: change(tensor) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class _Excerpt:
+    """What a row reads at a turn: a document's tokens from ``begin`` on and before ``stop``."""
+
+    document: int
+    begin: int
+    stop: int
 
 
 class StreamBatches(Iterator[Batch]):
@@ -79,13 +100,17 @@ class StreamBatches(Iterator[Batch]):
         rows: streams, that is, the batch size.
         segment_length: T, tokens of a row and batch.
         stride: S, tokens between the starts of two segments; T if None.
-        seed: decides the order of the documents in every epoch.
+        excerpt: tokens of a document that an epoch scores, from a random place that is another one
+            in every epoch; None for all. A document that is no longer is read whole.
+        lead: tokens before an excerpt, at most, that its first batch says to memorize: a random
+            number, so that memories of all sizes are read.
+        seed: decides the order of the documents in every epoch, and the excerpts.
         shuffle: False keeps the order given.
         repeat: never end.
 
     Raises:
-        ConfigError: if ``rows`` or ``segment_length`` is too small, or ``stride`` not within 1
-            to T.
+        ConfigError: if ``rows``, ``segment_length``, ``excerpt`` or ``lead`` is too small,
+            ``stride`` not within 1 to T, or a lead without excerpts.
         DataError: if there is no document, or none as long as one segment.
     """
 
@@ -96,6 +121,8 @@ class StreamBatches(Iterator[Batch]):
         rows: int,
         segment_length: int,
         stride: int | None = None,
+        excerpt: int | None = None,
+        lead: int = 0,
         seed: int = 0,
         shuffle: bool = True,
         repeat: bool = False,
@@ -109,21 +136,35 @@ class StreamBatches(Iterator[Batch]):
             raise ConfigError(
                 f"stride must be within 1 and segment_length={segment_length}, got {stride}"
             )
+        if excerpt is not None and excerpt < segment_length:
+            raise ConfigError(
+                f"an excerpt must have at least segment_length={segment_length} tokens, got "
+                f"{excerpt}; make it longer, or give None for whole documents"
+            )
+        if lead < 0 or (lead and excerpt is None):
+            raise ConfigError(
+                "lead must be at least 0, and 0 without excerpts, got "
+                f"{lead} with excerpt={excerpt}"
+            )
         self.documents = _usable(documents, segment_length)
         self.rows = rows
         self.segment_length = segment_length
         self.stride = stride
+        self.excerpt = excerpt
+        self.lead = lead
         self.seed = seed
         self.shuffle = shuffle
         self.repeat = repeat
-        self._current: list[int | None]
+        self._current: list[_Excerpt | None]
         self._restart()
 
     @property
     def total_segments(self) -> int:
         """Segments of one epoch, over all rows."""
         return sum(
-            count_windows(len(document.input_ids) - 1, self.segment_length, self.stride)
+            count_windows(
+                self._scored_tokens(len(document.input_ids)), self.segment_length, self.stride
+            )
             for document in self.documents
         )
 
@@ -133,10 +174,11 @@ class StreamBatches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """Give every row's next segment."""
-        self._fill_free_rows()
-        if all(document is None for document in self._current):
+        leads = self._fill_free_rows()
+        if all(excerpt is None for excerpt in self._current):
             self._restart()
             raise StopIteration
+        lead_lengths = torch.tensor([len(lead) for lead in leads])
         shape = (self.rows, self.segment_length)
         batch = Batch(
             input_ids=torch.zeros(shape, dtype=torch.int64),
@@ -144,6 +186,8 @@ class StreamBatches(Iterator[Batch]):
             attention_mask=torch.zeros(shape, dtype=torch.int64),
             fresh=torch.zeros(shape, dtype=torch.int64),
             ends=torch.zeros(self.rows, dtype=torch.bool),
+            lead=pad_sequence(leads, batch_first=True),
+            lead_mask=(torch.arange(int(lead_lengths.max())) < lead_lengths[:, None]).long(),
         )
         for row in range(self.rows):
             self._write_row(batch, row)
@@ -155,7 +199,7 @@ class StreamBatches(Iterator[Batch]):
             "settings": self._settings(),
             "epoch": self._epoch,
             "given_out": self._given_out,
-            "current": list(self._current),
+            "current": [excerpt and list(astuple(excerpt)) for excerpt in self._current],
             "offsets": list(self._offsets),
         }
 
@@ -165,8 +209,14 @@ class StreamBatches(Iterator[Batch]):
         Raises:
             DataError: if the state belongs to other documents or settings.
         """
-        # Streams that were saved before segments could overlap do not name their stride.
-        settings = {"stride": state["settings"].get("segment_length"), **state["settings"]}
+        # Streams that were saved before segments could overlap do not name their stride, and those
+        # that were saved before there were excerpts do not name these.
+        settings = {
+            "stride": state["settings"].get("segment_length"),
+            "excerpt": None,
+            "lead": 0,
+            **state["settings"],
+        }
         for name, value in self._settings().items():
             saved = settings.get(name)
             if saved != value:
@@ -177,7 +227,10 @@ class StreamBatches(Iterator[Batch]):
         self._epoch = int(state["epoch"])
         self._order = self._epoch_order()
         self._given_out = int(state["given_out"])
-        self._current = list(state["current"])
+        self._current = [
+            self._whole(current) if isinstance(current, int) else current and _Excerpt(*current)
+            for current in state["current"]
+        ]
         self._offsets = list(state["offsets"])
 
     def _restart(self) -> None:
@@ -199,16 +252,44 @@ class StreamBatches(Iterator[Batch]):
             "rows": self.rows,
             "segment_length": self.segment_length,
             "stride": self.stride,
+            "excerpt": self.excerpt,
+            "lead": self.lead,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "repeat": self.repeat,
         }
 
-    def _fill_free_rows(self) -> None:
+    def _fill_free_rows(self) -> list[Tensor]:
+        """Begin a turn in every row that has none; give the tokens that lead to it."""
+        leads = [torch.empty(0, dtype=torch.int64)] * self.rows
         for row in range(self.rows):
             if self._current[row] is None:
-                self._current[row] = self._next_document()
-                self._offsets[row] = 0
+                document = self._next_document()
+                if document is None:
+                    continue
+                excerpt, lead = self._excerpt_of(document)
+                ids = self.documents[document].input_ids
+                leads[row] = ids[excerpt.begin - lead : excerpt.begin].to(torch.int64)
+                self._current[row], self._offsets[row] = excerpt, excerpt.begin
+        return leads
+
+    def _excerpt_of(self, document: int) -> tuple[_Excerpt, int]:
+        """Choose what of a document this epoch reads, and how many tokens lead to it."""
+        whole = self._whole(document)
+        scored = self._scored_tokens(whole.stop)
+        if scored == whole.stop - 1:
+            return whole, 0
+        choice = random.Random(f"{self.seed}/{self._epoch}/{document}")
+        begin = choice.randint(0, whole.stop - 1 - scored)
+        lead = choice.randint(0, min(self.lead, begin))
+        return _Excerpt(document, begin, begin + scored + 1), lead
+
+    def _whole(self, document: int) -> _Excerpt:
+        return _Excerpt(document, 0, len(self.documents[document].input_ids))
+
+    def _scored_tokens(self, length: int) -> int:
+        """Count the tokens with a target in a turn of a document."""
+        return length - 1 if self.excerpt is None else min(length - 1, self.excerpt)
 
     def _next_document(self) -> int | None:
         if self._given_out == len(self._order):
@@ -221,13 +302,13 @@ class StreamBatches(Iterator[Batch]):
         return self._order[self._given_out - 1]
 
     def _write_row(self, batch: Batch, row: int) -> None:
-        document = self._current[row]
-        if document is None:
+        excerpt = self._current[row]
+        if excerpt is None:
             return
-        ids = self.documents[document].input_ids
+        ids = self.documents[excerpt.document].input_ids[: excerpt.stop]
         start, end = self._offsets[row], self._offsets[row] + self.segment_length
         inputs, targets = ids[start:end], ids[start + 1 : end + 1]
-        context = self.segment_length - self.stride if start else 0
+        context = self.segment_length - self.stride if start > excerpt.begin else 0
         batch.input_ids[row, : len(inputs)] = inputs
         batch.attention_mask[row, : len(inputs)] = 1
         batch.fresh[row, context : len(inputs)] = 1

@@ -144,6 +144,8 @@ class Trainer:
             rows=options.batch_size,
             segment_length=self.segment_length,
             stride=self.stride,
+            excerpt=options.excerpt_tokens,
+            lead=options.lead_tokens,
             seed=options.seed,
             repeat=True,
         )
@@ -153,6 +155,11 @@ class Trainer:
         if validation:
             check_sample(self._sample, self.segment_length, options)
         self._processes = Processes(options, model.device, self.output)
+        if options.lead_tokens and self._processes.sharded:
+            raise ConfigError(
+                f"lead_tokens={options.lead_tokens} needs the whole model in every process, whose "
+                "rows begin excerpts at different steps; train under DDP instead of FSDP"
+            )
         self._settings = describe_settings(
             model,
             options,

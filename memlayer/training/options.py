@@ -57,6 +57,15 @@ class TrainingOptions:
     when a model generates. None: ``segment_length``, segments that share nothing, as the paper's.
     """
 
+    excerpt_tokens: int | None = None
+    """Tokens of a document to train on at a turn, from a random place, another one in every epoch,
+    before the next document has its turn. A document that is no longer is read whole. None: all
+    documents are read from beginning to end."""
+
+    lead_tokens: int = 0
+    """Tokens before an excerpt, at most, that are memorized and not trained on: a random number for
+    each excerpt, so that training reads memories of all sizes up to this and what comes after."""
+
     learning_rate: float = 2e-4
     """Peak learning rate of the side network's weights."""
 
@@ -122,9 +131,15 @@ class TrainingOptions:
         self._check_length()
         for name in ("batch_size", "gradient_accumulation", "eval_documents", "keep_checkpoints"):
             _check_count(name, getattr(self, name), 1)
-        for name in ("stride", "eval_every", "save_every"):
+        for name in ("stride", "excerpt_tokens", "eval_every", "save_every"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 1)
+        _check_count("lead_tokens", self.lead_tokens, 0)
+        if self.lead_tokens and self.excerpt_tokens is None:
+            raise ConfigError(
+                f"lead_tokens={self.lead_tokens} needs excerpts to lead to; set excerpt_tokens, "
+                "how many tokens of a document to train on at a turn"
+            )
         _check_count("eval_tokens", self.eval_tokens, 2)
         _check_count("seed", self.seed, 0)
         for name in ("learning_rate", "gate_learning_rate", "epsilon"):

@@ -19,7 +19,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from memlayer.data import Batch
 from memlayer.errors import ConfigError
 from memlayer.pieces import whole
 from memlayer.training.trackers import check_trackers
@@ -27,6 +26,7 @@ from memlayer.training.trackers import check_trackers
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from memlayer.data import Batch
     from memlayer.model import LongMemModel
     from memlayer.training.options import TrainingOptions
 
@@ -101,13 +101,7 @@ class Processes:
         """Give the rows of a batch that are this process's."""
         rows = len(batch.input_ids) // self.count
         mine = slice(self.index * rows, (self.index + 1) * rows)
-        return Batch(
-            input_ids=batch.input_ids[mine],
-            targets=batch.targets[mine],
-            attention_mask=batch.attention_mask[mine],
-            fresh=batch.fresh[mine],
-            ends=batch.ends[mine],
-        )
+        return batch.rows(mine)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Hold gradients back inside the block, unless it is a step's last backward pass."""

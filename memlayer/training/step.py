@@ -1,7 +1,8 @@
 """One optimiser step.
 
     learning rates ─► for each segment: forward, loss, backward ─► clip ─► AdamW
-                                           └─► what was new of it, remembered
+                          ▲                └─► what was new of it, remembered
+                          └── where an excerpt begins: its lead, memorized
 
 The memory of a row whose document has ended is cleared, and no other row's.
 """
@@ -103,12 +104,13 @@ class Stepper:
             group["lr"] = peak * factor
         batches = [next(self._batches) for _ in range(options.gradient_accumulation)]
         targets = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
-        # Each stream's memory at its longest: what this step had to read.
-        held = len(self._model.memory)
-        parts = [
-            self._accumulate_gradient(processes.share(batch), targets, last=number == len(batches))
-            for number, batch in enumerate(batches, start=1)
-        ]
+        parts, held = [], 0
+        for number, batch in enumerate(batches, start=1):
+            share, last = processes.share(batch), number == len(batches)
+            self._memorize_lead(share)
+            # The longest memory that this step had to read.
+            held = max(held, len(self._model.memory))
+            parts.append(self._accumulate_gradient(share, targets, last=last))
         gathered = processes.gather(float(torch.stack(parts).sum()), held)
         loss = math.fsum(part for part, _ in gathered)
         if not math.isfinite(loss):
@@ -135,6 +137,15 @@ class Stepper:
                 "gate_mean": self._gate_mean(),
             },
         )
+
+    def _memorize_lead(self, batch: Batch) -> None:
+        """Fill the memory of rows whose excerpt begins with this batch."""
+        if batch.lead.numel():
+            device = self._model.device
+            with self._processes.accelerator.autocast():
+                self._model.memorize(
+                    batch.lead.to(device), batch.lead_mask.to(device), keep_text=False
+                )
 
     def _accumulate_gradient(self, batch: Batch, targets: int, *, last: bool) -> Tensor:
         """Add this process's part of a batch to the gradient; give its part of the step's loss."""

@@ -164,15 +164,20 @@ def test_after_the_end_the_same_batches_come_again() -> None:
     assert all(map(same, first, second))
 
 
-@pytest.mark.parametrize("stride", [8, 5])
+EXCERPTS = {"excerpt": 20, "lead": 9, "rows": 2}
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 5}, EXCERPTS, EXCERPTS | {"stride": 5}])
 @pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("done", [0, 1, 5, 6])
-def test_a_saved_stream_goes_on_with_the_same_batches(done: int, repeat: bool, stride: int) -> None:
-    stream = make_stream(repeat=repeat, stride=stride)
+def test_a_saved_stream_goes_on_with_the_same_batches(
+    done: int, repeat: bool, options: dict[str, int]
+) -> None:
+    stream = make_stream(repeat=repeat, **options)
     for _ in range(done):
         next(stream)
     state = json.loads(json.dumps(stream.state_dict()))
-    resumed = make_stream(repeat=repeat, stride=stride)
+    resumed = make_stream(repeat=repeat, **options)
     resumed.load_state_dict(state)
     expected = list(itertools.islice(stream, 40))
     following = list(itertools.islice(resumed, 40))
@@ -187,6 +192,7 @@ def test_a_saved_stream_goes_on_with_the_same_batches(done: int, repeat: bool, s
         ("rows", make_stream(rows=2)),
         ("segment_length", make_stream(segment_length=4)),
         ("stride", make_stream(stride=5)),
+        ("excerpt", make_stream(excerpt=9)),
         ("seed", make_stream(seed=5)),
         ("documents", make_stream([*LENGTHS, 8])),
     ],
@@ -196,11 +202,18 @@ def test_a_saved_stream_refuses_other_settings(name: str, stream: StreamBatches)
         stream.load_state_dict(make_stream().state_dict())
 
 
-def test_a_stream_saved_before_there_was_a_stride_goes_on() -> None:
+def test_a_saved_stream_refuses_another_lead() -> None:
+    with pytest.raises(DataError, match="the saved stream has lead=0, this one has 1; resume"):
+        make_stream(excerpt=9, lead=1).load_state_dict(make_stream(excerpt=9).state_dict())
+
+
+def test_a_stream_saved_before_there_were_strides_and_excerpts_goes_on() -> None:
     stream = make_stream()
     next(stream)
     state = stream.state_dict()
-    del state["settings"]["stride"]
+    for name in ("stride", "excerpt", "lead"):
+        del state["settings"][name]
+    state["current"] = [current and current[0] for current in state["current"]]
     resumed = make_stream()
     resumed.load_state_dict(state)
     assert same(next(resumed), next(stream))
@@ -213,9 +226,73 @@ def test_a_stride_beyond_the_segment_is_refused(stride: int) -> None:
         make_stream(stride=stride)
 
 
-@pytest.mark.parametrize("stride", [8, 5, 1])
-def test_total_segments_counts_what_an_epoch_gives(stride: int) -> None:
-    stream = make_stream(stride=stride)
+@pytest.mark.parametrize("stride", [8, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_excerpt_is_one_piece_of_its_document_and_so_is_what_leads_to_it(
+    rows: int, stride: int
+) -> None:
+    batches = list(make_stream(rows=rows, stride=stride, excerpt=12, lead=9))
+    turns: list[tuple[list[int], list[int]]] = []
+    for row in range(rows):
+        open_turn = None
+        for batch in batches:
+            lead = batch.lead[row][batch.lead_mask[row].bool()].tolist()
+            scored = batch.input_ids[row][batch.targets[row] != IGNORED].tolist()
+            if open_turn is None:
+                open_turn = (lead, [])
+            else:
+                assert not lead
+            open_turn[1].extend(scored)
+            if batch.ends[row]:
+                turns.append(open_turn)
+                open_turn = None
+    turns.sort(key=lambda turn: turn[1])
+    documents = [document.input_ids.tolist() for document in make_documents(LENGTHS)]
+    assert len(turns) == len(documents)
+    for (lead, scored), ids in zip(turns, documents, strict=True):
+        assert len(scored) == min(len(ids) - 1, 12)
+        # All tokens differ and rise by 1: one piece, and within its own document.
+        piece = lead + scored
+        assert piece == list(range(piece[0], piece[0] + len(piece)))
+        assert ids[0] <= piece[0] <= piece[-1] < ids[-1]
+        assert len(lead) <= min(9, scored[0] - ids[0])
+    assert any(lead for lead, _ in turns)
+
+
+def test_every_epoch_has_other_excerpts_and_leads_of_all_lengths() -> None:
+    stream = make_stream([40], rows=1, excerpt=12, lead=5, repeat=True)
+    turns = [batch for batch in itertools.islice(stream, 400) if batch.fresh.any()][::2]
+    begins = {int(turn.input_ids[0, 0]) for turn in turns}
+    # Tokens are numbered from 1; the last one is no excerpt's, only a target.
+    assert begins == set(range(1, 40 - 12 + 1))
+    assert {turn.lead.shape[1] for turn in turns} == set(range(6))
+    again = make_stream([40], rows=1, excerpt=12, lead=5, repeat=True)
+    assert all(same(next(again), turn) for turn in [turns[0]])
+
+
+def test_excerpts_are_the_same_with_and_without_a_lead() -> None:
+    plain, led = make_stream(excerpt=12), make_stream(excerpt=12, lead=9)
+    for left, right in zip(plain, led, strict=True):
+        assert torch.equal(left.targets, right.targets)
+        assert left.lead.shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"excerpt": 7}, "an excerpt must have at least segment_length=8 tokens, got 7"),
+        ({"lead": 1}, "lead must be at least 0, and 0 without excerpts, got 1"),
+        ({"excerpt": 8, "lead": -1}, "lead must be at least 0, .*, got -1 with excerpt=8"),
+    ],
+)
+def test_excerpts_that_cannot_be_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_stream(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 5}, {"stride": 1}, {"excerpt": 12}])
+def test_total_segments_counts_what_an_epoch_gives(options: dict[str, int]) -> None:
+    stream = make_stream(**options)
     given = sum(int(batch.attention_mask.any(dim=1).sum()) for batch in stream)
     assert given == stream.total_segments
 

@@ -100,11 +100,77 @@ def test_overlapping_segments_train_on_the_losses_that_evaluation_gives(
         places = list(zip(batches._current, batches._offsets, strict=True))
         batch = next(batches)
         parts = [
-            expected_of[tokenized[number].id][start + (targets != IGNORED).nonzero().flatten()]
-            for (number, start), targets in zip(places, batch.targets, strict=True)
+            expected_of[tokenized[turn.document].id][
+                start + (targets != IGNORED).nonzero().flatten()
+            ]
+            for (turn, start), targets in zip(places, batch.targets, strict=True)
         ]
         expected.append(float(torch.cat(parts).mean()))
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_excerpt_is_trained_on_with_what_led_to_it_in_memory(
+    make_model, tokenizer, documents, make_options, tmp_path
+):
+    options = make_options(
+        steps=6,
+        gradient_accumulation=2,
+        excerpt_tokens=32,
+        lead_tokens=40,
+        learning_rate=1e-12,
+        gate_learning_rate=1e-12,
+    )
+    # Two rows, whose excerpts begin at different batches where a document is short.
+    train(make_model("llama"), tokenizer, documents, [], options, output=tmp_path / "run")
+    batches = StreamBatches(
+        tokenize_documents(documents, tokenizer),
+        rows=2,
+        segment_length=16,
+        excerpt=32,
+        lead=40,
+        seed=0,
+        repeat=True,
+    )
+    models = [make_model("llama"), make_model("llama")]
+    expected, leads = [], 0
+    for _ in range(6):
+        total = tokens = 0
+        for batch in (next(batches), next(batches)):
+            for row, model in enumerate(models):
+                lead = batch.lead[row][batch.lead_mask[row].bool()]
+                leads += len(lead)
+                for part in lead.split(16) if len(lead) else ():
+                    model(part[None], update_memory=True)
+                real = batch.attention_mask[row].bool()
+                with torch.no_grad():
+                    logits = model(batch.input_ids[row, real][None], update_memory=True).logits
+                targets = batch.targets[row, real]
+                total += functional.cross_entropy(logits[0], targets, reduction="sum").item()
+                tokens += int((targets != IGNORED).sum())
+                if batch.ends[row]:
+                    model.memory.clear()
+        expected.append(total / tokens)
+    assert leads > 40
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+    # What leads to an excerpt counts as memory, not as training.
+    entries = [entry for entry in read_log(tmp_path / "run") if entry["kind"] == "step"]
+    assert max(entry["memory_tokens"] for entry in entries) > 32
+    assert entries[-1]["tokens"] <= 6 * 2 * 2 * 16
+
+
+def test_an_excerpt_shorter_than_a_segment_is_refused(
+    make_model, tokenizer, documents, make_options, tmp_path
+):
+    with pytest.raises(ConfigError, match="an excerpt must have at least segment_length=16 tokens"):
+        train(
+            make_model(),
+            tokenizer,
+            documents,
+            [],
+            make_options(excerpt_tokens=15),
+            output=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_overlap_needs_a_memory_for_each_row_and_a_stride_within_the_segment(
