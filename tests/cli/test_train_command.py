@@ -71,6 +71,8 @@ def test_settings_reach_the_model_and_the_training(train, tmp_path):
             *("--side-init", "backbone", "--learning-rate", "0.001", "--seed", "5"),
             *("--gate-learning-rate", "0.1", "--gradient-accumulation", "2", "--batch-size", "2"),
             *("--stride", "12"),
+            *("--excerpt-tokens", "48"),
+            *("--lead-tokens", "30"),
             *("--dtype", "bf16", "--device", "cpu", "--eval-every", "2", "--save-every", "2"),
         )
         == 0
@@ -84,6 +86,8 @@ def test_settings_reach_the_model_and_the_training(train, tmp_path):
         batch_size=2,
         gradient_accumulation=2,
         stride=12,
+        excerpt_tokens=48,
+        lead_tokens=30,
         learning_rate=0.001,
         gate_learning_rate=0.1,
         dtype="bf16",

@@ -39,6 +39,8 @@ def main(settings: argparse.Namespace) -> None:
         batch_size=settings.rows,
         gradient_accumulation=2,
         stride=settings.stride,
+        excerpt_tokens=40 if settings.lead else None,
+        lead_tokens=settings.lead,
         learning_rate=1e-3,
         gate_learning_rate=1e-2,
         eval_every=25,
@@ -83,5 +85,6 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--side-rank", type=int)
     parser.add_argument("--stride", type=int)
+    parser.add_argument("--lead", type=int, default=0, help="of excerpts; whole documents without")
     parser.add_argument("--report-to", action="append", default=[])
     main(parser.parse_args())

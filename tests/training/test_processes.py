@@ -118,8 +118,10 @@ def test_low_rank_updates_train_alike_in_two_processes_that_hold_them_whole(
     backbone: Path, tmp_path: Path
 ) -> None:
     for how in ("one", "ddp"):
-        # Segments that overlap, too: each process says which tokens of its rows are new.
-        check(launch(how, backbone, tmp_path / how, "--side-rank", 2, "--stride", 10))
+        # Segments that overlap and excerpts, too: each process says which tokens of its rows are
+        # new, and fills the memories of those rows that begin an excerpt.
+        options = ("--side-rank", 2, "--stride", 10, "--lead", 60)
+        check(launch(how, backbone, tmp_path / how, *options))
     for name in ("memory_tokens", "tokens"):
         assert values(tmp_path / "one", name) == values(tmp_path / "ddp", name)
     expected, found = values(tmp_path / "one", "loss"), values(tmp_path / "ddp", "loss")
@@ -129,6 +131,10 @@ def test_low_rank_updates_train_alike_in_two_processes_that_hold_them_whole(
     refused = launch("fsdp2", backbone, tmp_path / "fsdp2", "--side-rank", 2)
     assert refused.returncode != 0
     message = "(coupled, side_rank) are trained under DDP, got FSDP 2; launch it with --multi_gpu"
+    assert message in refused.stderr
+    refused = launch("fsdp2", backbone, tmp_path / "fsdp2", "--lead", 60)
+    assert refused.returncode != 0
+    message = "lead_tokens=60 needs the whole model in every process"
     assert message in refused.stderr
 
 
