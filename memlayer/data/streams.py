@@ -13,6 +13,8 @@ With excerpts a turn is not a whole document: some of it, from a random place, a
 only to be memorized.
 
     document   ..........[ Batch.lead ][ segment ][ segment ]......
+
+Where segments overlap, the first one begins within the lead, as if that had been read in segments.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ class Batch:
         fresh: ``(B, T)``, int64. 1 for tokens that no segment before this one held, 0 for context
             and padding.
         ends: ``(B,)``, bool. The row's document, or its excerpt, ends with this segment.
-        lead: ``(B, L)``, int64. Tokens before this segment that are to be memorized ahead of it,
-            where an excerpt begins; L is 0 in all other batches.
+        lead: ``(B, L)``, int64. Tokens before the first fresh one that are to be memorized ahead of
+            this segment, where an excerpt begins; L is 0 in all other batches.
         lead_mask: ``(B, L)``, int64. 1 for them, 0 for padding, which is on the right.
     """
 
@@ -79,10 +81,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Excerpt:
-    """What a row reads at a turn: a document's tokens from ``begin`` on and before ``stop``."""
+    """What a row reads at a turn: a document's tokens from ``begin`` on and before ``stop``.
+
+    The first ``context`` of them are not scored: they are the end of the lead.
+    """
 
     document: int
     begin: int
+    context: int
     stop: int
 
 
@@ -160,7 +166,7 @@ class StreamBatches(Iterator[Batch]):
 
     @property
     def total_segments(self) -> int:
-        """Segments of one epoch, over all rows."""
+        """Segments of one epoch, over all rows; a few less where they overlap with a lead."""
         return sum(
             count_windows(
                 self._scored_tokens(len(document.input_ids)), self.segment_length, self.stride
@@ -268,8 +274,9 @@ class StreamBatches(Iterator[Batch]):
                 if document is None:
                     continue
                 excerpt, lead = self._excerpt_of(document)
-                ids = self.documents[document].input_ids
-                leads[row] = ids[excerpt.begin - lead : excerpt.begin].to(torch.int64)
+                fresh = excerpt.begin + excerpt.context
+                ids = self.documents[document].input_ids[fresh - lead : fresh]
+                leads[row] = ids.to(torch.int64)
                 self._current[row], self._offsets[row] = excerpt, excerpt.begin
         return leads
 
@@ -280,12 +287,13 @@ class StreamBatches(Iterator[Batch]):
         if scored == whole.stop - 1:
             return whole, 0
         choice = random.Random(f"{self.seed}/{self._epoch}/{document}")
-        begin = choice.randint(0, whole.stop - 1 - scored)
-        lead = choice.randint(0, min(self.lead, begin))
-        return _Excerpt(document, begin, begin + scored + 1), lead
+        fresh = choice.randint(0, whole.stop - 1 - scored)
+        lead = choice.randint(0, min(self.lead, fresh))
+        context = min(lead, self.segment_length - self.stride)
+        return _Excerpt(document, fresh - context, context, fresh + scored + 1), lead
 
     def _whole(self, document: int) -> _Excerpt:
-        return _Excerpt(document, 0, len(self.documents[document].input_ids))
+        return _Excerpt(document, 0, 0, len(self.documents[document].input_ids))
 
     def _scored_tokens(self, length: int) -> int:
         """Count the tokens with a target in a turn of a document."""
@@ -308,7 +316,8 @@ class StreamBatches(Iterator[Batch]):
         ids = self.documents[excerpt.document].input_ids[: excerpt.stop]
         start, end = self._offsets[row], self._offsets[row] + self.segment_length
         inputs, targets = ids[start:end], ids[start + 1 : end + 1]
-        context = self.segment_length - self.stride if start > excerpt.begin else 0
+        overlap = self.segment_length - self.stride
+        context = overlap if start > excerpt.begin else excerpt.context
         batch.input_ids[row, : len(inputs)] = inputs
         batch.attention_mask[row, : len(inputs)] = 1
         batch.fresh[row, context : len(inputs)] = 1

@@ -237,9 +237,13 @@ def test_an_excerpt_is_one_piece_of_its_document_and_so_is_what_leads_to_it(
         open_turn = None
         for batch in batches:
             lead = batch.lead[row][batch.lead_mask[row].bool()].tolist()
+            window = batch.input_ids[row].tolist()
             scored = batch.input_ids[row][batch.targets[row] != IGNORED].tolist()
             if open_turn is None:
                 open_turn = (lead, [])
+                # Only what was memorized stands before what is scored, and as much as overlaps.
+                context = window[: window.index(scored[0])] if scored else []
+                assert context == lead[len(lead) - min(len(lead), 8 - stride) :]
             else:
                 assert not lead
             open_turn[1].extend(scored)

@@ -109,11 +109,13 @@ def test_overlapping_segments_train_on_the_losses_that_evaluation_gives(
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("stride", [16, 11])
 def test_an_excerpt_is_trained_on_with_what_led_to_it_in_memory(
-    make_model, tokenizer, documents, make_options, tmp_path
+    make_model, tokenizer, documents, make_options, tmp_path, stride
 ):
     options = make_options(
         steps=6,
+        stride=stride,
         gradient_accumulation=2,
         excerpt_tokens=32,
         lead_tokens=40,
@@ -126,16 +128,20 @@ def test_an_excerpt_is_trained_on_with_what_led_to_it_in_memory(
         tokenize_documents(documents, tokenizer),
         rows=2,
         segment_length=16,
+        stride=stride,
         excerpt=32,
         lead=40,
         seed=0,
         repeat=True,
     )
     models = [make_model("llama"), make_model("llama")]
-    expected, leads = [], 0
+    for model in models:
+        model.memory = model.new_memory(overlap=16 - stride)
+    expected, leads, trained = [], 0, 0
     for _ in range(6):
         total = tokens = 0
         for batch in (next(batches), next(batches)):
+            trained += int(batch.fresh.sum())
             for row, model in enumerate(models):
                 lead = batch.lead[row][batch.lead_mask[row].bool()]
                 leads += len(lead)
@@ -143,7 +149,9 @@ def test_an_excerpt_is_trained_on_with_what_led_to_it_in_memory(
                     model(part[None], update_memory=True)
                 real = batch.attention_mask[row].bool()
                 with torch.no_grad():
-                    logits = model(batch.input_ids[row, real][None], update_memory=True).logits
+                    logits = model(
+                        batch.input_ids[row, real][None], update_memory=batch.fresh[row, real][None]
+                    ).logits
                 targets = batch.targets[row, real]
                 total += functional.cross_entropy(logits[0], targets, reduction="sum").item()
                 tokens += int((targets != IGNORED).sum())
@@ -155,7 +163,7 @@ def test_an_excerpt_is_trained_on_with_what_led_to_it_in_memory(
     # What leads to an excerpt counts as memory, not as training.
     entries = [entry for entry in read_log(tmp_path / "run") if entry["kind"] == "step"]
     assert max(entry["memory_tokens"] for entry in entries) > 32
-    assert entries[-1]["tokens"] <= 6 * 2 * 2 * 16
+    assert entries[-1]["tokens"] == trained
 
 
 def test_an_excerpt_shorter_than_a_segment_is_refused(
