@@ -166,7 +166,7 @@ class StreamBatches(Iterator[Batch]):
 
     @property
     def total_segments(self) -> int:
-        """Segments of one epoch, over all rows; a few less where they overlap with a lead."""
+        """Segments of one epoch, over all rows, but for those that leads add where they overlap."""
         return sum(
             count_windows(
                 self._scored_tokens(len(document.input_ids)), self.segment_length, self.stride
