@@ -271,7 +271,7 @@ def test_every_epoch_has_other_excerpts_and_leads_of_all_lengths() -> None:
     assert begins == set(range(1, 40 - 12 + 1))
     assert {turn.lead.shape[1] for turn in turns} == set(range(6))
     again = make_stream([40], rows=1, excerpt=12, lead=5, repeat=True)
-    assert all(same(next(again), turn) for turn in [turns[0]])
+    assert same(next(again), turns[0])
 
 
 def test_excerpts_are_the_same_with_and_without_a_lead() -> None:
