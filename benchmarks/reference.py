@@ -114,6 +114,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stride", type=int, help="of segments that overlap; none if left out")
     parser.add_argument("--excerpt-tokens", type=int, help="of a document at a turn")
     parser.add_argument("--lead-tokens", type=int, default=0, help="memorized before an excerpt")
+    parser.add_argument("--memory-dropout", type=float, default=0.0, help="segments without memory")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--gate-learning-rate", type=float, default=2e-2)
     parser.add_argument("--lora-learning-rate", type=float, default=1e-3)
@@ -155,6 +156,7 @@ def training_options(arguments: argparse.Namespace) -> TrainingOptions:
         stride=arguments.stride,
         excerpt_tokens=arguments.excerpt_tokens,
         lead_tokens=arguments.lead_tokens,
+        memory_dropout=arguments.memory_dropout,
         warmup=arguments.warmup,
         dtype=arguments.dtype,
         seed=arguments.seed,

@@ -165,6 +165,13 @@ def train(
             rich_help_panel=_TRAINING_PANEL,
         ),
     ] = OPTIONS.lead_tokens,
+    memory_dropout: Annotated[
+        float,
+        typer.Option(
+            help="Probability with which a segment is read without memory.",
+            rich_help_panel=_TRAINING_PANEL,
+        ),
+    ] = OPTIONS.memory_dropout,
     learning_rate: Annotated[
         float, typer.Option(help="Peak, for weights.", rich_help_panel=_TRAINING_PANEL)
     ] = OPTIONS.learning_rate,
@@ -270,6 +277,7 @@ def train(
         stride=stride,
         excerpt_tokens=excerpt_tokens,
         lead_tokens=lead_tokens,
+        memory_dropout=memory_dropout,
         learning_rate=learning_rate,
         gate_learning_rate=gate_learning_rate,
         warmup=warmup,

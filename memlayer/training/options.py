@@ -66,6 +66,10 @@ class TrainingOptions:
     """Tokens before an excerpt, at most, that are memorized and not trained on: a random number for
     each excerpt, so that training reads memories of all sizes up to this and what comes after."""
 
+    memory_dropout: float = 0.0
+    """Probability with which a segment is read without memory, and then remembered as any other:
+    what a side network says without memory is trained only by segments that have none."""
+
     learning_rate: float = 2e-4
     """Peak learning rate of the side network's weights."""
 
@@ -149,7 +153,7 @@ class TrainingOptions:
         _check_number("weight_decay", self.weight_decay)
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        for name in ("warmup", "beta1", "beta2"):
+        for name in ("memory_dropout", "warmup", "beta1", "beta2"):
             _check_number(name, getattr(self, name))
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(

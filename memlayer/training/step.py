@@ -4,14 +4,18 @@
                           ▲                └─► what was new of it, remembered
                           └── where an excerpt begins: its lead, memorized
 
+With ``memory_dropout`` some of the forwards read no memory; what they write is the same.
+
 The memory of a row whose document has ended is cleared, and no other row's.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,9 +112,11 @@ class Stepper:
         for number, batch in enumerate(batches, start=1):
             share, last = processes.share(batch), number == len(batches)
             self._memorize_lead(share)
+            reading = self._reads_memory(step, number)
             # The longest memory that this step had to read.
-            held = max(held, len(self._model.memory))
-            parts.append(self._accumulate_gradient(share, targets, last=last))
+            held = max(held, len(self._model.memory) if reading else 0)
+            with nullcontext() if reading else self._model.disable_memory():
+                parts.append(self._accumulate_gradient(share, targets, last=last))
         gathered = processes.gather(float(torch.stack(parts).sum()), held)
         loss = math.fsum(part for part, _ in gathered)
         if not math.isfinite(loss):
@@ -137,6 +143,11 @@ class Stepper:
                 "gate_mean": self._gate_mean(),
             },
         )
+
+    def _reads_memory(self, step: int, number: int) -> bool:
+        """Choose for a step's batch, in every process and after resuming alike."""
+        choice = random.Random(f"{self._options.seed}/{step}/{number}")
+        return choice.random() >= self._options.memory_dropout
 
     def _memorize_lead(self, batch: Batch) -> None:
         """Fill the memory of rows whose excerpt begins with this batch."""

@@ -72,7 +72,7 @@ def test_settings_reach_the_model_and_the_training(train, tmp_path):
             *("--gate-learning-rate", "0.1", "--gradient-accumulation", "2", "--batch-size", "2"),
             *("--stride", "12"),
             *("--excerpt-tokens", "48"),
-            *("--lead-tokens", "30"),
+            *("--lead-tokens", "30", "--memory-dropout", "0.25"),
             *("--dtype", "bf16", "--device", "cpu", "--eval-every", "2", "--save-every", "2"),
         )
         == 0
@@ -88,6 +88,7 @@ def test_settings_reach_the_model_and_the_training(train, tmp_path):
         stride=12,
         excerpt_tokens=48,
         lead_tokens=30,
+        memory_dropout=0.25,
         learning_rate=0.001,
         gate_learning_rate=0.1,
         dtype="bf16",

@@ -41,6 +41,7 @@ def main(settings: argparse.Namespace) -> None:
         stride=settings.stride,
         excerpt_tokens=40 if settings.lead else None,
         lead_tokens=settings.lead,
+        memory_dropout=0.1,
         learning_rate=1e-3,
         gate_learning_rate=1e-2,
         eval_every=25,

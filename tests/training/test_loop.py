@@ -166,6 +166,40 @@ def test_an_excerpt_is_trained_on_with_what_led_to_it_in_memory(
     assert entries[-1]["tokens"] == trained
 
 
+def test_a_dropped_memory_is_not_read_but_written(
+    make_model, tokenizer, documents, make_options, tmp_path
+):
+    options = make_options(
+        steps=12, memory_dropout=0.5, learning_rate=1e-12, gate_learning_rate=1e-12
+    )
+    train(make_model("llama"), tokenizer, documents, [], options, output=tmp_path / "run")
+    model = make_model("llama")
+    batches = StreamBatches(
+        tokenize_documents(documents, tokenizer), rows=2, segment_length=16, seed=0, repeat=True
+    )
+    read = []
+    entries = [entry for entry in read_log(tmp_path / "run") if entry["kind"] == "step"]
+    for entry in entries:
+        batch, held = next(batches), len(model.memory)
+        with torch.no_grad():
+            with model.disable_memory():
+                without = model(batch.input_ids, batch.attention_mask).logits
+            logits = model(batch.input_ids, batch.attention_mask, update_memory=True).logits
+        model.memory.clear(batch.ends.nonzero().flatten().tolist())
+        expected = [
+            functional.cross_entropy(scores.flatten(0, 1), batch.targets.flatten()).item()
+            for scores in (without, logits)
+        ]
+        if expected[0] == pytest.approx(expected[1], rel=1e-5):
+            assert held == 0
+            continue
+        read.append(entry["memory_tokens"] > 0)
+        assert entry["loss"] == pytest.approx(expected[read[-1]], rel=1e-6)
+        assert entry["memory_tokens"] == (held if read[-1] else 0)
+    # With half of them dropped, more than one of each kind.
+    assert 1 < sum(read) < len(read) - 1
+
+
 def test_an_excerpt_shorter_than_a_segment_is_refused(
     make_model, tokenizer, documents, make_options, tmp_path
 ):

@@ -28,6 +28,7 @@ from memlayer.training.schedule import learning_rate_factor
         ({"excerpt_tokens": 0}, "excerpt_tokens must be at least 1, got 0"),
         ({"lead_tokens": 9}, "lead_tokens=9 needs excerpts to lead to; set excerpt_tokens"),
         ({"lead_tokens": -1}, "lead_tokens must be at least 0, got -1"),
+        ({"memory_dropout": 1.0}, "memory_dropout must be at least 0 and below 1, got 1.0"),
         ({"eval_tokens": 1}, "eval_tokens must be at least 2, got 1"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
     ],
