@@ -27,6 +27,7 @@ from reference import CONDITIONS, DOMAINS
 import memlayer
 from memlayer.data import load_documents, tokenize_documents
 from memlayer.evaluation import PerplexityOptions, evaluate_perplexity, first_tokens
+from memlayer.evaluation.results import recovery
 from memlayer.evaluation.statistics import paired_interval
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def main() -> None:
         for condition in arguments.conditions:
             if not (Path(arguments.run) / condition).is_dir():
                 continue
-            place = folder / f"{condition}-{domain}-{name_of(arguments)}.json"
+            place = folder / f"{condition}-{domain}-{name_of(arguments, condition)}.json"
             if not place.exists():
                 result = evaluated(arguments, backbone, condition, documents)
                 place.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -85,10 +86,21 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def name_of(arguments: argparse.Namespace) -> str:
-    """Name the tokens that are scored."""
+def name_of(arguments: argparse.Namespace, condition: str) -> str:
+    """Name the tokens that are scored, and with what."""
     stride = arguments.stride or arguments.segment_length
-    return f"{arguments.split}-{arguments.documents}x{arguments.tokens}-{stride}"
+    name = f"{arguments.split}-{arguments.documents}x{arguments.tokens}-{stride}"
+    if condition.endswith("memory"):
+        name += "".join(f"-m{size}" for size in arguments.memory_sizes)
+    if dense_context(arguments, condition):
+        name += f"-d{arguments.dense_context}-{arguments.dense_stride}"
+    return name
+
+
+def dense_context(arguments: argparse.Namespace, condition: str) -> int | None:
+    """Give the dense context to score: a backbone's, so that one condition does it for all."""
+    first = next((name for name in ("memory", "lora_memory") if name in arguments.conditions), None)
+    return (arguments.dense_context or None) if condition == first else None
 
 
 def read_documents(
@@ -115,15 +127,15 @@ def evaluated(
 ) -> Result:
     """Score one condition."""
     memory = condition.endswith("memory")
+    dense = dense_context(arguments, condition)
     options = PerplexityOptions(
         segment_length=arguments.segment_length,
         stride=arguments.stride or arguments.segment_length,
         fresh=False,
         memory_sizes=arguments.memory_sizes if memory else [],
         foreign_memory=memory and len(documents) > 1,
-        # A property of the backbone, so that one condition measures it for all.
-        dense_context=(arguments.dense_context or None) if condition == "memory" else None,
-        dense_stride=(arguments.dense_stride or None) if condition == "memory" else None,
+        dense_context=dense,
+        dense_stride=(arguments.dense_stride or None) if dense else None,
         resamples=1000,
     )
     folder = Path(arguments.run) / condition
@@ -145,7 +157,7 @@ def perplexities(result: Result) -> dict[str, float]:
 
 
 def lines_of(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
-    """Give a table of perplexities and one of differences with their intervals."""
+    """Give tables: perplexities, differences with their intervals, what of dense is recovered."""
     merged = {domain: dict(conditions_of(result)) for domain, result in results.items()}
     names = list(dict.fromkeys(name for columns in merged.values() for name in columns))
     yield "| domain | documents | tokens | " + " | ".join(names) + " |"
@@ -161,15 +173,25 @@ def lines_of(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
     sizes = [name for name in names if re.search(r"memory \d+$", name)]
     # The largest of each network, against whatever is no memory of that network.
     largest = {re.sub(r"memory \d+$", "", name): name for name in sizes}
+    foreign = [name for name in names if name.endswith("foreign memory")]
     for domain, columns in merged.items():
         for name, against in (
             *((name, other) for name in largest.values() for other in names if other != name),
-            ("foreign memory", "memory off"),
-            ("foreign memory", "trained without memory"),
-            ("tuned, foreign memory", "tuned, trained without memory"),
+            *((name, other) for name in foreign for other in names if other not in foreign + sizes),
         ):
             if name in columns and against in columns:
                 yield f"| {domain} | {name} | {against} | {change(columns[name], columns[against])}"
+    if "dense" not in names:
+        return
+    yield ""
+    yield "| domain | condition | recovered of what dense context gains |"
+    yield "| --- | --- | --- |"
+    for domain, columns in merged.items():
+        backbone, dense = pooled(columns["backbone"]), pooled(columns["dense"])
+        for name in names:
+            if name in columns and name not in ("backbone", "dense"):
+                share = recovery(backbone, pooled(columns[name]), dense)
+                yield f"| {domain} | {name} | {'' if share is None else f'{100 * share:.0f} %'} |"
 
 
 def conditions_of(results: Mapping[str, Result]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -179,6 +201,8 @@ def conditions_of(results: Mapping[str, Result]) -> Iterator[tuple[str, dict[str
         for name in result["conditions"]:
             if name == "backbone":
                 shown = BACKBONES.get(model, "backbone")
+            elif name == "dense":
+                shown = name
             elif name == "no_memory":
                 off = "memory off" if model.endswith("memory") else "trained without memory"
                 shown = prefix + off

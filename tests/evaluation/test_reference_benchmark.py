@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,3 +90,12 @@ def test_every_condition_is_trained_once_and_stands_in_the_report(
     assert call(*train) == ""
     assert (output / "summary.json").stat().st_mtime_ns == before
     assert call(*report) == first
+    # Another size of memory, and dense context, are scored: nothing old stands in for them.
+    other = [*report[:-1], 64, "--dense-context", 96, "--domains", "code"]
+    second = call(*other, "--conditions", "lora", "lora_memory")
+    shown = ["LoRA", "backbone", "LoRA, memory off", "LoRA, memory 64", "LoRA, foreign memory"]
+    header = "| domain | documents | tokens | " + " | ".join([*shown, "dense"]) + " |"
+    assert second.splitlines()[0] == header
+    assert "| code | LoRA, foreign memory | LoRA, memory off |" in second
+    # Empty where dense context does not help this backbone, which knows nothing.
+    assert re.search(r"\| code \| LoRA, memory 64 \| (-?\d+ % )?\|\n", second)
