@@ -98,9 +98,9 @@ def name_of(arguments: argparse.Namespace, condition: str) -> str:
 
 
 def dense_context(arguments: argparse.Namespace, condition: str) -> int | None:
-    """Give the dense context to score: a backbone's, so that one condition does it for all."""
+    """Give the dense context to score: of LoRA, and by one condition of the backbone of all."""
     first = next((name for name in ("memory", "lora_memory") if name in arguments.conditions), None)
-    return (arguments.dense_context or None) if condition == first else None
+    return (arguments.dense_context or None) if condition in ("lora", first) else None
 
 
 def read_documents(
@@ -181,17 +181,30 @@ def lines_of(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
         ):
             if name in columns and against in columns:
                 yield f"| {domain} | {name} | {against} | {change(columns[name], columns[against])}"
-    if "dense" not in names:
-        return
-    yield ""
-    yield "| domain | condition | recovered of what dense context gains |"
-    yield "| --- | --- | --- |"
-    for domain, columns in merged.items():
-        backbone, dense = pooled(columns["backbone"]), pooled(columns["dense"])
-        for name in names:
-            if name in columns and name not in ("backbone", "dense"):
-                share = recovery(backbone, pooled(columns[name]), dense)
-                yield f"| {domain} | {name} | {'' if share is None else f'{100 * share:.0f} %'} |"
+    if {"dense", "LoRA, dense"} & set(names):
+        yield ""
+        yield from recovered(merged)
+
+
+def recovered(
+    results: Mapping[str, Mapping[str, Mapping[str, tuple[int, float]]]],
+) -> Iterator[str]:
+    """Give a table of how much of what dense context gains each condition gains.
+
+    LoRA's memory also beside what LoRA itself gains from dense context.
+    """
+    yield "| domain | condition | between | recovered of what dense context gains |"
+    yield "| --- | --- | --- | --- |"
+    for domain, columns in results.items():
+        scores = {name: pooled(documents) for name, documents in columns.items()}
+        for local, dense, of in (("backbone", "dense", ""), ("LoRA", "LoRA, dense", "LoRA, ")):
+            if not {local, dense} <= scores.keys():
+                continue
+            for name, score in scores.items():
+                if name not in (local, dense) and name.startswith(of):
+                    share = recovery(scores[local], score, scores[dense])
+                    shown = "" if share is None else f"{100 * share:.0f} %"
+                    yield f"| {domain} | {name} | {local} and {dense} | {shown} |"
 
 
 def conditions_of(results: Mapping[str, Result]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -202,7 +215,7 @@ def conditions_of(results: Mapping[str, Result]) -> Iterator[tuple[str, dict[str
             if name == "backbone":
                 shown = BACKBONES.get(model, "backbone")
             elif name == "dense":
-                shown = name
+                shown = "LoRA, dense" if model == "lora" else name
             elif name == "no_memory":
                 off = "memory off" if model.endswith("memory") else "trained without memory"
                 shown = prefix + off

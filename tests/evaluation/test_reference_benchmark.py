@@ -93,9 +93,13 @@ def test_every_condition_is_trained_once_and_stands_in_the_report(
     # Another size of memory, and dense context, are scored: nothing old stands in for them.
     other = [*report[:-1], 64, "--dense-context", 96, "--domains", "code"]
     second = call(*other, "--conditions", "lora", "lora_memory")
-    shown = ["LoRA", "backbone", "LoRA, memory off", "LoRA, memory 64", "LoRA, foreign memory"]
-    header = "| domain | documents | tokens | " + " | ".join([*shown, "dense"]) + " |"
+    shown = ["LoRA", "LoRA, dense", "backbone"]
+    shown += ["LoRA, memory off", "LoRA, memory 64", "LoRA, foreign memory", "dense"]
+    header = "| domain | documents | tokens | " + " | ".join(shown) + " |"
     assert second.splitlines()[0] == header
     assert "| code | LoRA, foreign memory | LoRA, memory off |" in second
     # Empty where dense context does not help this backbone, which knows nothing.
-    assert re.search(r"\| code \| LoRA, memory 64 \| (-?\d+ % )?\|\n", second)
+    between = "backbone and dense", "LoRA and LoRA, dense"
+    for pair in between:
+        row = rf"\| code \| LoRA, memory 64 \| {pair} \| (-?\d+ % )?\|\n"
+        assert re.search(row, second + "\n")
