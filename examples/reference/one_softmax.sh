@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LoRA that reads memory in one softmax, LoRA of as many weights, and a side network without memory, on
-# the same 133,120 tokens; then all of them on the test documents. Some five hours on one CPU core.
+# the same 133,120 tokens; then all of them on the test documents. Some three hours on one CPU core.
 #
 #     examples/reference/one_softmax.sh DATA RUN
 #
