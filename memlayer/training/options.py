@@ -67,8 +67,8 @@ class TrainingOptions:
     each excerpt, so that training reads memories of all sizes up to this and what comes after."""
 
     memory_dropout: float = 0.0
-    """Probability with which a segment is read without memory, and then remembered as any other:
-    what a side network says without memory is trained only by segments that have none."""
+    """Probability with which a segment of every row is read without memory, and then remembered as
+    any other: what a network says without memory is trained only by segments that have none."""
 
     learning_rate: float = 2e-4
     """Peak learning rate of the side network's weights."""
