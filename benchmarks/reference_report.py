@@ -5,8 +5,9 @@
 Every condition in RUN is scored on the same tokens of the same documents: ``memory`` with its
 memory on and off and with another document's, ``control`` without memory, ``lora`` as a plain
 backbone, ``lora_memory`` as ``memory``; the ``tuned`` ones likewise, around their own backbone.
-RUN/evaluation gets a JSON file for each condition and domain; one that is there already is not made
-again, so that the command can be given again, or on another machine.
+With --dense-context the bare backbone and LoRA are scored with so much context, too.
+RUN/evaluation gets a JSON file for each condition, domain and setting; one that is there already is
+not made again, so that the command can be given again, or on another machine.
 """
 
 from __future__ import annotations

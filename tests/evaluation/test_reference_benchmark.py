@@ -99,7 +99,5 @@ def test_every_condition_is_trained_once_and_stands_in_the_report(
     assert second.splitlines()[0] == header
     assert "| code | LoRA, foreign memory | LoRA, memory off |" in second
     # Empty where dense context does not help this backbone, which knows nothing.
-    between = "backbone and dense", "LoRA and LoRA, dense"
-    for pair in between:
-        row = rf"\| code \| LoRA, memory 64 \| {pair} \| (-?\d+ % )?\|\n"
-        assert re.search(row, second + "\n")
+    for pair in ("backbone and dense", "LoRA and LoRA, dense"):
+        assert re.search(rf"\| code \| LoRA, memory 64 \| {pair} \| (-?\d+ % )?\|\n", second)
