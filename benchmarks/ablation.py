@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reduction 2": {"layer_reduction_factor": 2},
     "reduction 5": {"layer_reduction_factor": 5},
     "fusion softmax": {"fusion": "softmax"},
+    "recency bias": {"recency_bias": True},
     "side_init identity": {"side_init": "identity"},
     "side_init backbone": {"side_init": "backbone"},
     "learning rate 1e-3": {"learning_rate": 1e-3},

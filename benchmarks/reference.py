@@ -127,6 +127,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--lora-memory-layers", type=int, nargs="+", help="of lora_memory; --memory-layers else"
     )
     parser.add_argument("--fusion", default="gate", choices=get_args(Fusion))
+    parser.add_argument("--recency-bias", action="store_true")
     parser.add_argument("--tuned-memory-layers", type=int, nargs="+", default=[14, 18, 20])
     parser.add_argument("--tuned-reduction", type=int, default=5)
     parser.add_argument("--memory-size", type=int, default=16_384)
@@ -176,6 +177,7 @@ def memory_config(arguments: argparse.Namespace) -> memlayer.LongMemConfig:
         memory_layers=tuple(arguments.memory_layers),
         layer_reduction_factor=arguments.reduction,
         fusion=arguments.fusion,
+        recency_bias=arguments.recency_bias,
         segment_length=arguments.segment_length,
     )
 

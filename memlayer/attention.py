@@ -23,20 +23,28 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**26}
 """Gathered keys or values at a time: about a core's cache, and enough to keep a GPU busy."""
 
+_NEWEST_TOKENS = 64
+"""Where `recency_bias` begins to fall."""
 
-def memory_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> tuple[Tensor, Tensor]:
+
+def memory_attention(
+    query: Tensor, retrieved: Retrieved, scaling: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Attend over each query's own retrieved tokens.
 
-    .. math:: M_t = \sum_i \mathrm{softmax}_i(s\, q_t \cdot \tilde k_{t,i})\, \tilde v_{t,i},
-        \qquad Z_t = \log \sum_i \exp(s\, q_t \cdot \tilde k_{t,i})
+    .. math:: M_t = \sum_i \mathrm{softmax}_i(s\, q_t \cdot \tilde k_{t,i} + b_{t,i})\,
+        \tilde v_{t,i}, \qquad
+        Z_t = \log \sum_i \exp(s\, q_t \cdot \tilde k_{t,i} + b_{t,i})
 
     Tokens that were not found have no weight; where nothing was found :math:`M` is 0 and :math:`Z`
-    is ``-inf``. Gradients flow to the queries only: keys and values are the frozen backbone's.
+    is ``-inf``. Gradients flow to queries and bias: keys and values are the frozen backbone's.
 
     Args:
         query: ``(B, H, T, D)``, any float dtype, not scaled.
         retrieved: what `MemoryBank.retrieve` gave for these queries' positions; K tokens each.
         scaling: :math:`s`, usually ``D ** -0.5``.
+        bias: ``(B, H, T, n)``, float32 or wider. :math:`b`, one number for all tokens of a chunk,
+            as `recency_bias` gives it; None: 0.
 
     Returns:
         :math:`M`, ``(B, H, T, D)`` in the dtype of ``query``, computed in float32 or wider, and
@@ -56,7 +64,7 @@ def memory_attention(query: Tensor, retrieved: Retrieved, scaling: float) -> tup
         )
     with torch.autocast(query.device.type, enabled=False):
         attended, log_mass = _MemoryAttention.apply(  # type: ignore[no-untyped-call]
-            query.flatten(0, 2), retrieved, scaling
+            query.flatten(0, 2), retrieved, scaling, None if bias is None else bias.flatten(0, 2)
         )
     return attended.view(query.shape), log_mass.view(query.shape[:3])
 
@@ -66,9 +74,9 @@ class _MemoryAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, retrieved: Retrieved, scaling: float
+        ctx: Any, query: Tensor, retrieved: Retrieved, scaling: float, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        # query (N, D) with N = B * H * T; weights (N, K); log_mass (N,)
+        # query (N, D) with N = B * H * T; bias (N, n); weights (N, K); log_mass (N,)
         found = retrieved.found.flatten(0, 2)
         chunk_size, _ = retrieved.chunk_shape
         precision = torch.promote_types(query.dtype, torch.float32)
@@ -78,6 +86,8 @@ class _MemoryAttention(torch.autograd.Function):
         gather = _Gathering(retrieved, precision)
         for block in gather.blocks():
             scores = _dot(gather.keys(block), query[block].to(precision)) * scaling
+            if bias is not None:
+                scores += bias[block].repeat_interleave(chunk_size, dim=1)
             missing = ~found[block].repeat_interleave(chunk_size, dim=1)
             scores = scores.masked_fill_(missing, -torch.inf)
             log_mass[block] = torch.logsumexp(scores, dim=1)
@@ -86,11 +96,14 @@ class _MemoryAttention(torch.autograd.Function):
             output[block] = _mix(weights[block], gather.values(block)).to(query.dtype)
         ctx.save_for_backward(weights)
         ctx.retrieved, ctx.scaling = retrieved, scaling
+        ctx.biased = None if bias is None else bias.dtype
         return output, log_mass
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_log_mass: Tensor) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: Any, grad_output: Tensor, grad_log_mass: Tensor
+    ) -> tuple[Tensor, None, None, Tensor | None]:
         (weights,) = ctx.saved_tensors
         retrieved: Retrieved = ctx.retrieved
         if not retrieved.intact():
@@ -99,14 +112,23 @@ class _MemoryAttention(torch.autograd.Function):
                 "overwritten; call backward before the second update"
             )
         grad_query = torch.empty_like(grad_output)
+        grad_bias = (
+            None
+            if ctx.biased is None
+            else grad_output.new_empty(retrieved.places.flatten(0, 2).shape, dtype=ctx.biased)
+        )
         gather = _Gathering(retrieved, weights.dtype)
         for block in gather.blocks():
             grad_weights = _dot(gather.values(block), grad_output[block].to(weights.dtype))
             mean = (weights[block] * grad_weights).sum(dim=1, keepdim=True)
             grad_scores = grad_weights - mean + grad_log_mass[block].unsqueeze(1)
-            grad_scores = weights[block] * grad_scores * ctx.scaling
-            grad_query[block] = _mix(grad_scores, gather.keys(block)).to(grad_query.dtype)
-        return grad_query, None, None
+            grad_scores = weights[block] * grad_scores
+            if grad_bias is not None:
+                grad_bias[block] = grad_scores.unflatten(1, (*grad_bias.shape[1:], -1)).sum(dim=2)
+            grad_query[block] = _mix(grad_scores * ctx.scaling, gather.keys(block)).to(
+                grad_query.dtype
+            )
+        return grad_query, None, None, grad_bias
 
 
 class _Gathering:
@@ -149,6 +171,30 @@ def _dot(vectors: Tensor, query: Tensor) -> Tensor:
 def _mix(weights: Tensor, vectors: Tensor) -> Tensor:
     """Weighted sums ``(N, K), (N, K, D) -> (N, D)``."""
     return torch.bmm(weights.unsqueeze(1), vectors).squeeze(1)
+
+
+def recency_bias(slope: Tensor, retrieved: Retrieved) -> Tensor:
+    r"""Say how much less what was written long ago counts.
+
+    .. math:: b_{h,t,i} = -r_h \log_{10}\bigl(1 + a_{t,i} / 64\bigr)
+
+    with :math:`a` the tokens written since the chunk was. A query's own place in the window is no
+    part of it, so that the bias is the same in one forward as in cached steps.
+
+    Args:
+        slope: ``(H,)``, float32. :math:`r`: what is ten times as old counts :math:`e^{r}` times
+            less.
+        retrieved: what is biased.
+
+    Returns:
+        ``(B, H, T, n)``, in the dtype of ``slope``.
+
+    Source:
+        The logarithmic form of KERPLE (arXiv:2205.09921), on the age of memories.
+    """
+    chunk_size, _ = retrieved.chunk_shape
+    ages = (retrieved.ages * chunk_size).to(slope.dtype)
+    return -slope.view(1, -1, 1, 1) * torch.log10(1 + ages / _NEWEST_TOKENS)
 
 
 def memory_share(gate: Tensor, found: Tensor, advantage: Tensor | None = None) -> Tensor:

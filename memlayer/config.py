@@ -91,6 +91,11 @@ class LongMemConfig:
     backbones only. None: with ``fusion="gate"`` neither side is rotated, with ``"softmax"``
     whatever is retrieved stands where the window begins."""
 
+    recency_bias: bool = False
+    """Learn for each head how much less counts what was written longer ago: the scores of what it
+    retrieved fall with the logarithm of their age (`memlayer.attention.recency_bias`), from 0 at
+    the start of training. Without it memory does not know what is recent."""
+
     memory_scope: MemoryScope = "row"
     """``"row"``: each row of a batch reads its own memory only. ``"batch"``: all rows share one."""
 
@@ -154,7 +159,7 @@ class LongMemConfig:
             optional = name in ("memory_distance", "side_rank") and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name} must be a whole number, got {value!r:.80}")
-        for name in ("normed_residual", "coupled"):
+        for name in ("normed_residual", "coupled", "recency_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         if not isinstance(self.backend, str) or not self.backend:

@@ -80,6 +80,8 @@ class SideNetwork(nn.Module):
         in_order: the side layers as they are run, in order; if coupled with the others as they are.
         norm: trainable copy of the final norm; None if coupled.
         gates: one ``(H,)`` float32 parameter a memory layer, before the sigmoid.
+        slopes: one ``(H,)`` float32 parameter a memory layer, of `recency_bias`; None without
+            ``recency_bias``.
         scales: ``(L_s,)`` float32, :math:`a_l`; None unless with ``side_init="identity"``.
         coupled: whether only the layers that read memory are trained.
         twins: the side layers that run the backbone's own weights, and in its precision.
@@ -151,6 +153,9 @@ class SideNetwork(nn.Module):
             first_gate = 0.0
         gate = torch.full((parts.num_attention_heads,), first_gate, device=device)
         self.gates = nn.ParameterList(gate.clone() for _ in memory_layers)
+        self.slopes: nn.ParameterList | None = None
+        if config.recency_bias:
+            self.slopes = nn.ParameterList(torch.zeros_like(gate) for _ in memory_layers)
         self.scales: nn.Parameter | None = None
         if config.side_init == "identity":
             self.scales = nn.Parameter(torch.zeros(len(sources), device=device))
@@ -233,6 +238,7 @@ class SideNetwork(nn.Module):
                     reader,
                     memory,
                     gate=self.gates[reader],
+                    slope=None if self.slopes is None else self.slopes[reader],
                     scaling=self.scaling(reader),
                     found=found,
                     changes=None if self.scales is None else changes,
@@ -248,8 +254,9 @@ class SideNetwork(nn.Module):
 
     @property
     def mixing_parameters(self) -> list[nn.Parameter]:
-        """Gates and layer scales: single numbers, in no module that is called with anything."""
-        return [*self.gates, *([] if self.scales is None else [self.scales])]
+        """Gates, slopes and layer scales: single numbers, in no module that is ever called."""
+        scales = [] if self.scales is None else [self.scales]
+        return [*self.gates, *(self.slopes or ()), *scales]
 
     def parameter_groups(
         self, *, learning_rate: float, gate_learning_rate: float, weight_decay: float
@@ -257,8 +264,8 @@ class SideNetwork(nn.Module):
         """Sort all parameters for an optimizer.
 
         Returns:
-            Three groups: matrices, with decay; vectors (norms, biases), without; gates and layer
-            scales, with their own learning rate and without decay.
+            Three groups: matrices, with decay; vectors (norms, biases), without; gates,
+            slopes and layer scales, with their own learning rate and without decay.
         """
         gates = self.mixing_parameters
         known = {id(parameter) for parameter in gates}

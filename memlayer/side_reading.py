@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memlayer.attention import fuse, memory_attention, memory_share
+from memlayer.attention import fuse, memory_attention, memory_share, recency_bias
 from memlayer.capture import first_tensor
 from memlayer.local_attention import AttentionWatch, other_attention
 from memlayer.rotation import rotated
@@ -62,6 +62,7 @@ class MemoryReading:
         memory: MemoryReader,
         *,
         gate: Tensor,
+        slope: Tensor | None,
         scaling: float,
         found: list[Retrieved],
         changes: list[Tensor] | None,
@@ -73,6 +74,7 @@ class MemoryReading:
             number: of the memory layer, from 0.
             memory: what to read.
             gate: ``(H,)``, float32; with one softmax a bias on the scores of what was retrieved.
+            slope: ``(H,)``, float32, of `recency_bias`; None without one.
             scaling: factor on ``q . k`` of the memory attention.
             found: gets what was retrieved, which is taken from there if it is there already.
             changes: gets what memory changes in the attention's output, ``(B, T, E)``; None if
@@ -92,7 +94,8 @@ class MemoryReading:
             if not found:
                 found.append(memory.retrieve(query, layer=number))
             retrieved = found[0]
-            met, recalled, advantage = self._attend(query, retrieved, scaling, watch)
+            bias = None if slope is None else recency_bias(slope, retrieved)
+            met, recalled, advantage = self._attend(query, retrieved, scaling, bias, watch)
             share = memory_share(gate, retrieved.found.any(dim=-1), advantage)
             if self.observer is not None:
                 self.observer(number, met, retrieved, share)
@@ -116,12 +119,17 @@ class MemoryReading:
             yield
 
     def _attend(
-        self, query: Tensor, retrieved: Retrieved, scaling: float, watch: AttentionWatch | None
+        self,
+        query: Tensor,
+        retrieved: Retrieved,
+        scaling: float,
+        bias: Tensor | None,
+        watch: AttentionWatch | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Give the queries as they met memory, what they read, and its advantage in one softmax."""
         if watch is None:
             met = self.rotate(query)
-            recalled, _ = memory_attention(met, retrieved, scaling)
+            recalled, _ = memory_attention(met, retrieved, scaling, bias)
             return met, recalled, None
         if watch.call is None:
             raise other_attention(self._parts.decoder.config)
@@ -132,7 +140,7 @@ class MemoryReading:
             met = (watch.call.query * (watch.call.scaling / scaling)).reshape(query.shape)
         else:
             met = self.rotate(query)
-        recalled, log_mass = memory_attention(met, retrieved, scaling)
+        recalled, log_mass = memory_attention(met, retrieved, scaling, bias)
         return met, recalled, log_mass - watch.call.log_mass().reshape(log_mass.shape)
 
     def rotate(self, query: Tensor) -> Tensor:

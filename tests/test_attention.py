@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlayer import attention
-from memlayer.attention import fuse, memory_attention, memory_share
+from memlayer.attention import fuse, memory_attention, memory_share, recency_bias
 from memlayer.errors import ShapeError
 from memlayer.memory import MemoryBank
 from memlayer.plugins import default_plugins
@@ -30,9 +30,11 @@ def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def plain_attention(query, retrieved, scaling):
+def plain_attention(query, retrieved, scaling, bias=None):
     keys, values, mask = retrieved.gather()
     scores = torch.einsum("bhtd,bhtkd->bhtk", query, keys.to(query.dtype)) * scaling
+    if bias is not None:
+        scores = scores + bias.repeat_interleave(4, dim=-1)
     scores = scores.masked_fill(~mask, -torch.inf)
     weights = torch.softmax(scores, dim=-1).nan_to_num()
     attended = torch.einsum("bhtk,bhtkd->bhtd", weights, values.to(query.dtype))
@@ -49,24 +51,46 @@ def filled():
     return bank
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("block_bytes", [1, 5000, 2**24])
-def test_memory_attention_and_its_gradient_equal_the_plain_form(filled, monkeypatch, block_bytes):
+def test_memory_attention_and_its_gradients_equal_the_plain_form(
+    filled, monkeypatch, block_bytes, biased
+):
     monkeypatch.setitem(attention._BLOCK_BYTES, "cpu", block_bytes)
     query = draw(2, 4, 5, 8, seed=3).requires_grad_()
+    bias = draw(2, 4, 5, 3, seed=6).requires_grad_()
     retrieved = filled.retrieve(query)
     upstream = draw(2, 4, 5, 8, seed=4), draw(2, 4, 5, seed=5)
     results = []
     for function in (memory_attention, plain_attention):
-        outputs = function(query, retrieved, 0.3)
-        (gradient,) = torch.autograd.grad(outputs, query, upstream)
-        results.append((*outputs, gradient))
+        outputs = function(query, retrieved, 0.3, bias if biased else None)
+        wanted = (query, bias) if biased else (query,)
+        results.append((*outputs, *torch.autograd.grad(outputs, wanted, upstream)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_are_those_of_the_function(filled):
     query = draw(2, 4, 3, 8, seed=3).requires_grad_()
+    slope = draw(4, seed=4).requires_grad_()
     retrieved = filled.retrieve(query)
     assert torch.autograd.gradcheck(lambda q: memory_attention(q, retrieved, 0.4), query)
+    assert torch.autograd.gradcheck(
+        lambda q, r: memory_attention(q, retrieved, 0.4, recency_bias(r, retrieved)),
+        (query, slope),
+    )
+
+
+def test_what_is_ten_times_as_old_counts_less_by_the_slope():
+    bank = make_bank(capacity=8192, top_k=8192)
+    bank.write(draw(1, 2, 8192, 8, seed=1), draw(1, 2, 8192, 8, seed=2))
+    retrieved = bank.retrieve(draw(1, 4, 1, 8))
+    slope = torch.tensor([0.0, 0.5, 2.0, -1.0], dtype=torch.float64)
+    bias = recency_bias(slope, retrieved)
+    by_age = torch.zeros(4, 2048, dtype=torch.float64)
+    by_age.scatter_(1, retrieved.ages[0, :, 0], bias[0, :, 0])
+    # 64 + a is 64, 640 and 6400 tokens: ages of 0, 144 and 1,584 chunks of 4.
+    expected = -slope.unsqueeze(1) * torch.tensor([0.0, 1.0, 2.0])
+    torch.testing.assert_close(by_age[:, [0, 144, 1584]], expected)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -22,6 +22,7 @@ from memlayer.errors import ConfigError
         ({"segment_length": 1}, "segment_length must be at least 2, got 1"),
         ({"layer_reduction_factor": -2}, "layer_reduction_factor must be at least 1, got -2"),
         ({"memory_distance": -1}, "memory_distance must be at least 0, got -1"),
+        ({"recency_bias": 1}, "recency_bias must be True or False, got 1"),
         ({"top_k": 64.0}, "top_k must be a whole number, got 64.0"),
         ({"chunk_size": True}, "chunk_size must be a whole number, got True"),
         ({"side_init": "zero"}, "side_init must be one of replace, identity, backbone, got 'zero'"),

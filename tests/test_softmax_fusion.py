@@ -10,6 +10,7 @@ import torch
 import memlayer
 from memlayer.errors import ConfigError
 from memlayer.inspection import record_reads
+from memlayer.inspection.recording import chunk_shares
 
 SETTINGS = memlayer.LongMemConfig(
     backend="torch",
@@ -26,6 +27,7 @@ FORMS = {
     "low rank": replace(SETTINGS, side_rank=3),
     "coupled": replace(SETTINGS, coupled=True),
     "beside": replace(SETTINGS, side_init="identity"),
+    "recency": replace(SETTINGS, recency_bias=True),
 }
 FAMILIES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 
@@ -102,10 +104,11 @@ def test_all_that_trains_learns_and_checkpointing_changes_no_gradient(
 
 
 def test_what_is_learnt_is_what_the_function_says(make_backbone, make_tokens, as_trained):
-    """The gradient of a gate, of a query's weight and of a key's, against differences of losses."""
+    """The gradients of a gate, a slope, and a query's and a key's weights, against differences."""
     backbone = make_backbone("llama").double()
-    model = as_trained(memlayer.wrap(backbone, SETTINGS)).eval()
-    model.memorize(make_tokens(1, 40, seed=1))
+    settings = replace(SETTINGS, recency_bias=True)
+    model = as_trained(memlayer.wrap(backbone, settings)).eval()
+    model.memorize(make_tokens(1, 64, seed=1))
     ids = make_tokens(1, 14)
 
     def loss():  # Hugging Face's own is in float32
@@ -113,7 +116,8 @@ def test_what_is_learnt_is_what_the_function_says(make_backbone, make_tokens, as
 
     loss().backward()
     attention = model.side_network.layers[1].self_attn
-    for weight in (model.side_network.gates[0], attention.q_proj.weight, attention.k_proj.weight):
+    mixing = model.side_network.gates[0], model.side_network.slopes[0]
+    for weight in (*mixing, attention.q_proj.weight, attention.k_proj.weight):
         place = weight.grad.abs().argmax()
         losses = []
         for step in (1e-2, -1e-2):  # LLaMA's norms are in float32 all the same
@@ -140,11 +144,38 @@ def test_a_memory_distance_puts_what_was_retrieved_so_far_back(make_backbone, ma
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fusion", ["gate", "softmax"])
+def test_with_a_steep_recency_bias_only_the_newest_is_read(fusion, make_backbone, make_tokens):
+    settings = replace(SETTINGS, fusion=fusion, recency_bias=True, memory_size=4096, top_k=4096)
+    model = memlayer.wrap(make_backbone("llama"), settings).eval()
+    past, ids = make_tokens(1, 704, seed=1), make_tokens(1, 12)
+    newest = make_tokens(1, 16, seed=2)
+    logits, ages = [], []
+    for slope in (0.0, 400.0):
+        for weights in model.side_network.slopes:
+            weights.fill_(slope)
+        for before in (past, past.flip(1)):
+            model.memory.clear()
+            model.memorize(before)
+            model.memorize(newest)
+            with record_reads(model) as records:
+                logits.append(model(ids).logits)
+            shares = chunk_shares(model, records[0], 0).attention
+            ages.append((shares * records[0].retrieved.ages).sum(dim=-1).mean())
+    assert (logits[0] - logits[1]).abs().max() > 1e-4
+    torch.testing.assert_close(logits[2], logits[3], rtol=0, atol=1e-5)
+    assert ages[0] > 200
+    assert ages[2] < 1
+
+
+@torch.no_grad()
 def test_saved_and_loaded_it_gives_the_same(make_backbone, make_tokens, as_trained, tmp_path):
-    model = as_trained(memlayer.wrap(make_backbone("llama"), SETTINGS)).eval()
+    settings = replace(SETTINGS, recency_bias=True)
+    model = as_trained(memlayer.wrap(make_backbone("llama"), settings)).eval()
     model.save_pretrained(tmp_path)
     again = memlayer.load(tmp_path, backbone=make_backbone("llama")).eval()
-    assert again.memory_config.fusion == "softmax"
+    assert again.memory_config == model.memory_config
+    assert again.side_network.slopes[1].abs().min() > 0
     past, ids = make_tokens(1, 48, seed=1), make_tokens(1, 12)
     model.memorize(past)
     again.memorize(past)

@@ -101,6 +101,13 @@ def train(
             rich_help_panel=_MODEL_PANEL,
         ),
     ] = MODEL.fusion,
+    recency_bias: Annotated[
+        bool,
+        typer.Option(
+            help="Learn how much less old memories count.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = MODEL.recency_bias,
     layer_reduction_factor: Annotated[
         int,
         typer.Option(help="Backbone layers per side layer.", rich_help_panel=_MODEL_PANEL),
@@ -265,6 +272,7 @@ def train(
         memory_layers=tuple(memory_layer) if memory_layer else None,
         side_init=side_init,
         fusion=fusion,
+        recency_bias=recency_bias,
         layer_reduction_factor=layer_reduction_factor,
         side_rank=side_rank,
         coupled=coupled,

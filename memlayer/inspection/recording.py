@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memlayer.attention import recency_bias
 from memlayer.memory.retrieved import read_chunks
 
 if TYPE_CHECKING:
@@ -90,7 +91,12 @@ def chunk_shares(model: LongMemModel, record: LayerRecord, layer: int) -> ChunkS
     Source:
         Kobayashi et al., "Attention is Not Only a Weight" (arXiv:2004.10102), for the norm.
     """
-    retrieved, scaling = record.retrieved, model.side_network.scaling(layer)
+    network, retrieved = model.side_network, record.retrieved
+    scaling = network.scaling(layer)
+    bias = torch.zeros(retrieved.places.shape, device=record.queries.device)
+    if network.slopes is not None:
+        bias = recency_bias(network.slopes[layer], retrieved)
+    bias = bias.flatten(0, 2)
     queries = record.queries.flatten(0, 2).float()  # (N, D), N = B * H * T
     places, found = retrieved.places.flatten(0, 2), retrieved.found.flatten(0, 2)
     attention = torch.zeros(places.shape, device=queries.device)
@@ -102,6 +108,7 @@ def chunk_shares(model: LongMemModel, record: LayerRecord, layer: int) -> ChunkS
         # (N, n, C, D) . (N, D) -> (N, n, C)
         keys = read_chunks(retrieved.keys, places[part]).float()
         scores = torch.einsum("qncd,qd->qnc", keys, queries[part]) * scaling
+        scores += bias[part].unsqueeze(-1)
         scores = scores.masked_fill(~found[part].unsqueeze(-1), -torch.inf)
         weights = torch.softmax(scores.flatten(1), dim=1).nan_to_num(nan=0.0).view(scores.shape)
         attention[part] = weights.sum(dim=-1)

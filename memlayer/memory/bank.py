@@ -310,15 +310,19 @@ class MemoryBank:
             return apart.transpose(1, 2).reshape(batch, heads, tokens, -1)
 
         ids = self._chunk_numbers(result.ids)
+        numbers = as_queries(ids)
+        written = ring.written.to(ids.device).repeat_interleave(batch // self.rows)
         held = ids.unflatten(0, (self.rows, self.num_key_value_heads))
         places = ring.locate(held.clamp(min=0))
         keys, values = ring.keys[layer].flatten(0, 2), ring.values[layer].flatten(0, 2)
         if self.storage == "host":
             (keys, values), places = bring((keys, values), places, self.device)
         return Retrieved(
-            ids=as_queries(ids),
+            ids=numbers,
             scores=as_queries(result.scores),
-            found=as_queries(result.ids >= 0),
+            found=numbers >= 0,
+            ages=written.view(-1, 1, 1, 1) - 1 - numbers,
+            written=written,
             places=as_queries(places),
             keys=(keys,),
             values=(values,),

@@ -63,10 +63,10 @@ class BankReader:
 class StackedReader:
     """Several memories read as one: each query gets the best chunks of all of them.
 
-    Chunk numbers are those of the memory that a chunk was found in.
+    Chunk numbers are those of the memory that a chunk was found in; ages count all of them.
 
     Attributes:
-        readers: for the same batch rows.
+        readers: for the same batch rows; each was written after those before it.
     """
 
     readers: Sequence[MemoryReader]
@@ -114,7 +114,7 @@ class SelectedRows:
 
 
 def _best_of(first: Retrieved, second: Retrieved) -> Retrieved:
-    """Keep the best ``n`` chunks of two retrievals for the same queries."""
+    """Keep the best ``n`` chunks of two retrievals for the same queries, the second's the newer."""
     scores = torch.cat([first.scores, second.scores], dim=3)
     best, chosen = scores.topk(first.scores.shape[3], dim=3)
     offset = sum(len(keys) for keys in first.keys)
@@ -126,6 +126,8 @@ def _best_of(first: Retrieved, second: Retrieved) -> Retrieved:
         ids=pick(first.ids, second.ids),
         scores=best,
         found=pick(first.found, second.found),
+        ages=pick(first.ages + second.written.view(-1, 1, 1, 1), second.ages),
+        written=first.written + second.written,
         places=pick(first.places, second.places + offset),
         keys=(*first.keys, *second.keys),
         values=(*first.values, *second.values),

@@ -21,6 +21,9 @@ class Retrieved:
             -1 where fewer than ``n`` chunks are stored.
         scores: ``(B, H, T, n)``, float32. Inner products of query and chunk key; -inf at -1.
         found: ``(B, H, T, n)``, bool. ``ids >= 0``.
+        ages: ``(B, H, T, n)``, int64. Chunks written since each one, into what its row reads; 0 is
+            the newest. Any number where not found.
+        written: ``(B,)``, int64. Chunks written into what each row reads, since its last clear.
         places: ``(B, H, T, n)``, int64. Positions in ``keys`` and ``values``, counted through all
             stores; valid where not found too.
         keys: stores of ``(places, C, D)``, one after the other: of one memory layer of each memory
@@ -33,6 +36,8 @@ class Retrieved:
     ids: Tensor
     scores: Tensor
     found: Tensor
+    ages: Tensor
+    written: Tensor
     places: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -66,6 +71,8 @@ class Retrieved:
             ids=self.ids[rows],
             scores=self.scores[rows],
             found=self.found[rows],
+            ages=self.ages[rows],
+            written=self.written[rows],
             places=self.places[rows],
         )
 

@@ -67,6 +67,8 @@ class ScratchMemory:
         # Chunks ever appended to the group before this one; rises along a group's slots.
         self._numbers = torch.empty(groups, 0, dtype=torch.int64, device=device)
         self._visible = torch.empty(sequences, 0, dtype=torch.bool, device=device)
+        # Chunks ever written for a sequence, along its own past.
+        self._written = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._used = torch.zeros(groups, dtype=torch.int64)
         self._appended = torch.zeros(groups, dtype=torch.int64)
 
@@ -140,6 +142,7 @@ class ScratchMemory:
         self._chunk_keys[:, group, :, slots] = means.permute(1, 3, 0, 2, 4)
         self._numbers[group, slots] = numbers
         self._visible[sequences.unsqueeze(1), slots[segment_of]] = True
+        self._written[sequences] += chunks
         self._hide_oldest()
 
     def _hide_oldest(self) -> None:
@@ -210,11 +213,16 @@ class ScratchMemory:
         lane = lane.view(self.groups, key_value_heads, 1, 1, 1, 1)
         numbers = self._numbers.view(self.groups, 1, 1, 1, 1, -1).expand(*slots.shape[:-1], -1)
         ids = numbers.gather(-1, slots).masked_fill(scores == -torch.inf, -1)
+        newer = self._visible[:, :used].long().cumsum(dim=1)
+        newer = (newer[:, -1:] - newer).view(self.groups, 1, beams, 1, 1, used)
+        ages = newer.expand(*slots.shape[:-1], -1).gather(-1, slots)
         keys = self._keys
         return Retrieved(
             ids=as_queries(ids),
             scores=as_queries(scores),
             found=as_queries(ids >= 0),
+            ages=as_queries(ages),
+            written=self._written,
             places=as_queries(lane * keys.shape[3] + slots),
             keys=(keys[layer].flatten(0, 2),),
             values=(self._values[layer].flatten(0, 2),),
@@ -239,7 +247,8 @@ class ScratchMemory:
                 f"sequences may be reordered among those of one prompt only ({self.expand} "
                 f"each), got {chosen.tolist()}"
             )
-        self._visible = self._visible[chosen.to(self._visible.device)]
+        chosen = chosen.to(self._visible.device)
+        self._visible, self._written = self._visible[chosen], self._written[chosen]
 
 
 def _regrouped(stored: Tensor, order: Tensor, slots: int) -> Tensor:

@@ -15,6 +15,11 @@ from memlayer.errors import ConfigError
 from memlayer.generation import WindowCache
 
 FAMILIES = ("gpt2", "opt", "opt-350m", "llama", "mistral", "qwen3")
+FUSIONS = {
+    "gate": {},
+    "softmax": {"fusion": "softmax"},
+    "softmax, recency": {"fusion": "softmax", "recency_bias": True},
+}
 SMALL = {"backend": "torch", "memory_size": 256, "top_k": 16, "segment_length": 32}
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -29,6 +34,8 @@ def wrap(backbone, **settings):
         model.side_network.scales.data += 0.6
     for gate in model.side_network.gates:
         gate.data += 1.5
+    for slope in model.side_network.slopes or ():
+        slope.data += 1.5
     return model
 
 
@@ -89,11 +96,11 @@ def test_cached_decoding_is_a_forward_over_all_of_the_text(family, make_backbone
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fusion", ["gate", "softmax"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_step_reads_its_window_and_all_before_it_from_memory(
     fusion, family, make_backbone, make_tokens
 ):
-    model = wrap(make_backbone(family), fusion=fusion)
+    model = wrap(make_backbone(family), **FUSIONS[fusion])
     document = make_tokens(1, 64, seed=1)
     model.memorize(document)
     ids = make_tokens(1, 75, seed=2)
@@ -178,11 +185,11 @@ def test_each_row_alone_gives_the_text_that_it_gives_in_a_batch(
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
-@pytest.mark.parametrize("fusion", ["gate", "softmax"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_logits_of_a_padded_row_are_those_of_the_row_alone(
     fusion, family, make_backbone, make_tokens
 ):
-    model = wrap(make_backbone(family), fusion=fusion)
+    model = wrap(make_backbone(family), **FUSIONS[fusion])
     prompts = [make_tokens(1, n, seed=n)[0] for n in (30, 5, 70)]
     ids, mask = padded(prompts)
     together, sequences = step_logits(model, ids, 60, attention_mask=mask)

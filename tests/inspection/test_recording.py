@@ -3,17 +3,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlayer.attention import memory_attention
+from memlayer.attention import memory_attention, recency_bias
 from memlayer.inspection import record_reads
 from memlayer.inspection.recording import chunk_shares
 
 IDS = torch.tensor([[40, 41, 42, 50, 60, 61]])
 
 
-@pytest.fixture(params=["gate", "softmax"])
+@pytest.fixture(params=["gate", "softmax", "gate, recency", "softmax, recency"])
 def recorded(make_model, remember, request):
     """A model with two memory layers, what it recorded, and its logits."""
-    made = make_model(memory_layers=(1, 3), memory_distance=7, fusion=request.param)
+    fusion, *more = request.param.split(", ")
+    made = make_model(
+        memory_layers=(1, 3), memory_distance=7, fusion=fusion, recency_bias=bool(more)
+    )
+    for slope in made.side_network.slopes or ():
+        torch.nn.init.constant_(slope, 3.0)
     remember(made, "One two three four five six seven eight nine ten. ")
     with torch.no_grad(), record_reads(made) as records:
         logits = made(input_ids=IDS).logits
@@ -52,10 +57,15 @@ def test_shares_are_those_of_the_attention_that_was_run(recorded, layer):
     keys, values, found = record.retrieved.gather()
     query = record.queries
     scores = torch.einsum("bhtkd,bhtd->bhtk", keys, query) * 8**-0.5
+    bias, slopes = None, model.side_network.slopes
+    if slopes is not None:
+        bias = recency_bias(slopes[layer], record.retrieved)
+        assert bias.std() > 0.1
+        scores = scores + bias.repeat_interleave(4, dim=-1)
     weights = torch.softmax(scores.masked_fill(~found, -torch.inf), dim=-1)
     weighted = weights.unsqueeze(-1) * values
     # The plain way, over all of it at once, gives what the model's own attention gave.
-    attended, _ = memory_attention(query, record.retrieved, 8**-0.5)
+    attended, _ = memory_attention(query, record.retrieved, 8**-0.5, bias)
     torch.testing.assert_close(weighted.sum(dim=-2), attended)
     shares = chunk_shares(model, record, layer)
     by_chunk = weights.unflatten(-1, (-1, 4)).sum(dim=-1)

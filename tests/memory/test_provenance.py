@@ -105,3 +105,37 @@ def test_a_document_keeps_its_number():
     assert bank.documents == ["a", "b"]
     bank.clear()
     assert bank.documents == []
+
+
+def test_ages_count_the_chunks_written_since_whatever_was_dropped_cleared_or_shared(
+    make_numbered_bank, feed, tmp_path
+):
+    """Against the offsets that each chunk says it has."""
+
+    def check(bank, queries, newest, **reading):
+        found = bank.retrieve(queries, **reading)
+        expand = reading.get("expand", 1)
+        offsets = bank.look_up(found, expand=expand)[..., -1, 2]
+        since = torch.tensor(newest).repeat_interleave(expand).view(-1, 1, 1, 1) - 1 - offsets
+        assert found.found.all()
+        assert torch.equal(found.ages * 4, since)
+        assert torch.equal((found.ages + found.ids + 1)[:, 0, 0, 0], found.written)
+
+    bank = make_numbered_bank(capacity=64)
+    queries = torch.randn(2, 4, 3, 6, generator=torch.Generator().manual_seed(3))
+    feed(bank, 0, 40, rows=2)
+    feed(bank, 40, 120, rows=2)
+    check(bank, queries, [120, 120])
+    bank.clear(rows=[1])
+    feed(bank, 120, 160, rows=2)
+    check(bank, queries, [160, 160])
+    assert bank.retrieve(queries).written.tolist() == [40, 10]
+    check(bank, queries.repeat_interleave(3, dim=0), [160, 160], expand=3)
+    bank.save(tmp_path)
+    again = make_numbered_bank(capacity=64)
+    again.load(tmp_path)
+    feed(again, 160, 168, rows=2)
+    check(again, queries, [168, 168])
+    shared = make_numbered_bank(capacity=64, shared=True)
+    feed(shared, 0, 80)
+    check(shared, queries, [80, 80])
