@@ -484,7 +484,7 @@ def test_trainable_parameters_are_printed_in_pefts_words(llama, capsys):
 
 @pytest.mark.parametrize("side_init", ["replace", "identity"])
 def test_parameter_groups_hold_every_parameter_once(side_init, llama):
-    model = wrap(llama, side_init=side_init)
+    model = wrap(llama, side_init=side_init, recency_bias=True)
     groups = model.parameter_groups(learning_rate=1e-3, gate_learning_rate=0.1, weight_decay=0.01)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.trainable_parameters())
@@ -492,7 +492,8 @@ def test_parameter_groups_hold_every_parameter_once(side_init, llama):
     assert {p.dim() for p in matrices["params"]} == {2}
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
     assert (gates["lr"], gates["weight_decay"]) == (0.1, 0.0)
-    single = [*model.side_network.gates, model.side_network.scales]
+    network = model.side_network
+    single = [*network.gates, *network.slopes, network.scales]
     assert {id(p) for p in gates["params"]} == {id(p) for p in single if p is not None}
 
 
