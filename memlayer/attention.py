@@ -112,11 +112,8 @@ class _MemoryAttention(torch.autograd.Function):
                 "overwritten; call backward before the second update"
             )
         grad_query = torch.empty_like(grad_output)
-        grad_bias = (
-            None
-            if ctx.biased is None
-            else grad_output.new_empty(retrieved.places.flatten(0, 2).shape, dtype=ctx.biased)
-        )
+        chunks = retrieved.places.flatten(0, 2).shape
+        grad_bias = None if ctx.biased is None else grad_output.new_empty(chunks, dtype=ctx.biased)
         gather = _Gathering(retrieved, weights.dtype)
         for block in gather.blocks():
             grad_weights = _dot(gather.values(block), grad_output[block].to(weights.dtype))
@@ -124,10 +121,9 @@ class _MemoryAttention(torch.autograd.Function):
             grad_scores = grad_weights - mean + grad_log_mass[block].unsqueeze(1)
             grad_scores = weights[block] * grad_scores
             if grad_bias is not None:
-                grad_bias[block] = grad_scores.unflatten(1, (*grad_bias.shape[1:], -1)).sum(dim=2)
-            grad_query[block] = _mix(grad_scores * ctx.scaling, gather.keys(block)).to(
-                grad_query.dtype
-            )
+                grad_bias[block] = grad_scores.unflatten(1, (chunks[1], -1)).sum(dim=2)
+            grad_queries = _mix(grad_scores * ctx.scaling, gather.keys(block))
+            grad_query[block] = grad_queries.to(grad_query.dtype)
         return grad_query, None, None, grad_bias
 
 
