@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "top_k 16": {"top_k": 16},
     "top_k 128": {"top_k": 128},
     "reduction 2": {"layer_reduction_factor": 2},
-    "reduction 5": {"layer_reduction_factor": 5},
+    "reduction 5, three layers": {"layer_reduction_factor": 5, "memory_layers": (14, 18, 20)},
     "fusion softmax": {"fusion": "softmax"},
     "recency bias": {"recency_bias": True},
     "side_init identity": {"side_init": "identity"},
@@ -68,10 +68,12 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.at_once) as pool:
         # Each is this very command for one variant.
         list(pool.map(lambda name: subprocess.run(command(name), check=False), missing))
-    made = [name for name in arguments.variants if place_of(output, name).exists()]
-    print(
-        "\n".join(lines_of({name: json.loads(place_of(output, name).read_text()) for name in made}))
-    )
+    places = {name: place_of(output, name) for name in arguments.variants}
+    made = {name: json.loads(at.read_text()) for name, at in places.items() if at.exists()}
+    print("\n".join(lines_of(made)))
+    failed = [name for name in places if name not in made]
+    if failed:
+        sys.exit(f"no result of {', '.join(failed)}: see what was printed above")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
