@@ -13,6 +13,7 @@ conditions=(lora control lora_memory)
 python benchmarks/reference.py --data "$data" --output "$run" --conditions "${conditions[@]}" \
     --fusion softmax --lora-memory-layers 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 \
     --steps 260 --batch-size 1 --excerpt-tokens 6144 --lead-tokens 16384 --memory-dropout 0.25 \
+    --recency-bias \
     --lora-learning-rate 3e-4 --gate-learning-rate 1e-1 --eval-tokens 2048
 report() {
     python benchmarks/reference_report.py --data "$data" --run "$run" --split test --dtype bf16 \
