@@ -5,7 +5,8 @@
 Every condition in RUN is scored on the same tokens of the same documents: ``memory`` with its
 memory on and off and with another document's, ``control`` without memory, ``lora`` as a plain
 backbone, ``lora_memory`` as ``memory``; the ``tuned`` ones likewise, around their own backbone.
-With --dense-context the bare backbone and LoRA are scored with so much context, too.
+With --dense-context the bare backbone and LoRA are scored with so much context, too. With --against
+another RUN the same evaluations there, which have to be made already, are compared as well.
 RUN/evaluation gets a JSON file for each condition, domain and setting; one that is there already is
 not made again, so that the command can be given again, or on another machine.
 """
@@ -50,6 +51,7 @@ def main() -> None:
     folder = Path(arguments.run) / "evaluation"
     folder.mkdir(exist_ok=True)
     results: dict[str, dict[str, Result]] = {}
+    others: dict[str, dict[str, Result]] = {}
     for domain in arguments.domains:
         documents = read_documents(arguments, domain, backbone)
         for condition in arguments.conditions:
@@ -61,7 +63,12 @@ def main() -> None:
                 place.write_text(json.dumps(result) + "\n", encoding="utf-8")
             results.setdefault(domain, {})[condition] = json.loads(place.read_text())
             print(f"{place.stem}: {perplexities(results[domain][condition])}", file=sys.stderr)
+            if arguments.against is not None:
+                other = Path(arguments.against) / "evaluation" / place.name
+                others.setdefault(domain, {})[condition] = json.loads(other.read_text())
     print("\n".join(lines_of(results)))
+    if others:
+        print("\n".join(("", *compared(results, others))))
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -84,6 +91,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=0, help="of overlapping windows; 0: none")
     parser.add_argument("--dense-context", type=int, default=0, help="0: leave it out")
     parser.add_argument("--dense-stride", type=int, default=0, help="0: a segment")
+    parser.add_argument("--against", metavar="RUN", help="what was trained in another way")
     return parser.parse_args(words)
 
 
@@ -185,6 +193,20 @@ def lines_of(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
     if {"dense", "LoRA, dense"} & set(names):
         yield ""
         yield from recovered(merged)
+
+
+def compared(
+    results: Mapping[str, Mapping[str, Result]], others: Mapping[str, Mapping[str, Result]]
+) -> Iterator[str]:
+    """Give a table of the same conditions trained in two ways, where that makes a difference."""
+    yield "| domain | condition | here | there | change of perplexity | 95 % interval |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for domain, result in results.items():
+        there = dict(conditions_of(others[domain]))
+        for name, here in conditions_of(result):
+            if here != there[name]:
+                both = f"{pooled(here):.2f} | {pooled(there[name]):.2f}"
+                yield f"| {domain} | {name} | {both} | {change(here, there[name])}"
 
 
 def recovered(

@@ -222,7 +222,7 @@ class ScratchMemory:
             scores=as_queries(scores),
             found=as_queries(ids >= 0),
             ages=as_queries(ages),
-            written=self._written,
+            written=self._written.clone(),
             places=as_queries(lane * keys.shape[3] + slots),
             keys=(keys[layer].flatten(0, 2),),
             values=(self._values[layer].flatten(0, 2),),

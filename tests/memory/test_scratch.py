@@ -173,7 +173,11 @@ def test_an_empty_memory_is_left_out_of_a_stack():
     scratch.append(keys, values, torch.arange(1), torch.arange(1))
     assert stacked.is_readable
     queries = draw(1, 4, 5, DIM, seed=4)
-    assert_same_answers(stacked.retrieve(queries, layer=0), scratch.retrieve(queries, layer=0))
+    retrieved = stacked.retrieve(queries, layer=0)
+    assert_same_answers(retrieved, scratch.retrieve(queries, layer=0))
+    scratch.append(keys, values, torch.arange(1), torch.arange(1))
+    assert retrieved.written.tolist() == [3]
+    assert scratch.retrieve(queries, layer=0).written.tolist() == [6]
 
 
 def test_sequences_of_different_prompts_never_change_places():
