@@ -439,8 +439,8 @@ class LongMemModel(AdaptedModel, MemoryGeneration):
         Args:
             directory: made if need be.
             dtype: of the matrices on disk, also ``"bf16"`` and the like, or ``"int8"`` for 8 bits
-                and a scale a row; norms, biases and gates stay as they are. None: all as they
-                are. `load` gives float32 again.
+                and a scale a row; norms, biases, gates and slopes stay as they are. None: all
+                as they are. `load` gives float32 again.
             is_main_process: whether to write. Where processes hold a model in pieces, all of them
                 call this, and one writes.
 

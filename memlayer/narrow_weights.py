@@ -1,6 +1,6 @@
 """Weights on disk in less than their width: half precision, or 8 bits and a scale a row.
 
-Matrices only: norms, biases and gates are few, and their rounding would be felt.
+Matrices only: norms, biases, gates and slopes are few, and their rounding would be felt.
 """
 
 from __future__ import annotations

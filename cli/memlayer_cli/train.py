@@ -184,7 +184,9 @@ def train(
     ] = OPTIONS.learning_rate,
     gate_learning_rate: Annotated[
         float,
-        typer.Option(help="Peak, for gates and layer scales.", rich_help_panel=_TRAINING_PANEL),
+        typer.Option(
+            help="Peak, for gates, slopes, layer scales.", rich_help_panel=_TRAINING_PANEL
+        ),
     ] = OPTIONS.gate_learning_rate,
     warmup: Annotated[
         float,

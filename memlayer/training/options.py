@@ -74,15 +74,16 @@ class TrainingOptions:
     """Peak learning rate of the side network's weights."""
 
     gate_learning_rate: float = 1e-1
-    """Peak learning rate of the gates: single numbers that have far to go. It is also that of layer
-    scales, which ``side_init="identity"`` has; for these 2e-2 to 4e-2 was tried."""
+    """Peak learning rate of the gates: single numbers that have far to go. It is also that of the
+    slopes of a recency bias, and of layer scales, which ``side_init="identity"`` has; for these
+    2e-2 to 4e-2 was tried."""
 
     warmup: float = 0.05
     """Part of the steps over which learning rates rise from 0 to their peak, 0 to 1. From there
     they fall linearly, to reach 0 one step after the last."""
 
     weight_decay: float = 0.01
-    """AdamW's, on weight matrices only: not on gates, layer scales, norms and biases."""
+    """AdamW's, on weight matrices only: not on gates, slopes, layer scales, norms, biases."""
 
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""

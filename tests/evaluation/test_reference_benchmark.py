@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,3 +102,16 @@ def test_every_condition_is_trained_once_and_stands_in_the_report(
     # Empty where dense context does not help this backbone, which knows nothing.
     for pair in ("backbone and dense", "LoRA and LoRA, dense"):
         assert re.search(rf"\| code \| LoRA, memory 64 \| {pair} \| (-?\d+ % )?\|\n", second)
+    # The same, but for one condition that another run had a tenth worse.
+    there = output.with_name("there")
+    shutil.copytree(output / "evaluation", there / "evaluation")
+    (place,) = (there / "evaluation").glob("lora_memory-code-*-m64-*.json")
+    changed = json.loads(place.read_text())
+    for document in changed["per_document"]:
+        document["perplexity"]["no_memory"] *= 1.1
+    place.write_text(json.dumps(changed))
+    third = call(*other, "--conditions", "lora", "lora_memory", "--against", there)
+    assert third.startswith(second.rstrip())
+    (row,) = third[len(second) :].splitlines()[3:]
+    assert row.startswith("| code | LoRA, memory off | ")
+    assert " | -9.1 % | " in row
